@@ -1,0 +1,105 @@
+# Everything here needs only make and a Python of 3.11 or later: `make test PYTHON=python3.12` chooses another.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+BUILD := .build/$(VERSION)
+BIN := $(BUILD)/venv/bin
+# The folders too: a module that is removed leaves nothing newer behind.
+SOURCES := pyproject.toml README.md LICENSE prefork workers $(wildcard prefork/*.py workers/*.py)
+PIP := -m pip install --quiet --disable-pip-version-check
+# What is under test is the installed wheel: nothing may bring the checkout onto the path.
+unexport PYTHONPATH
+unexport PYTHONHOME
+
+.PHONY: help serve test test-all lint pytest repeat stress soak bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make serve     install into .venv and run examples/primes.py'
+	@echo 'make test      lint, build sdist and wheel, install the wheel, test it'
+	@echo 'make test-all  the same on every Python 3.11, 3.12, 3.13 of this machine'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make pytest    the tests alone; ARGS="-k stop -x" goes to pytest'
+	@echo 'make repeat    T=tests/test_x.py N=50: one file N times, until it fails'
+	@echo 'make stress    the same while every core is kept busy'
+	@echo 'make soak      the long tests'
+	@echo 'make bench     the measurements, as one table; ARGS="--quick"'
+	@echo 'make clean     remove what make made'
+
+# -- running it
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("prefork needs Python 3.11 or later; see PYTHON in the Makefile")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) --editable .
+	@touch $@
+
+serve: .venv/installed
+	@printf '%s\n' 'Starting examples/primes.py, a pool on all cores. Talk to it from another terminal:' \
+	    "    $(PYTHON) -c 'import socket; c = socket.create_connection((\"127.0.0.1\", 9999)); c.sendall(b\"100000\\n\"); print(c.makefile().readline())'" \
+	    'Ctrl-C stops it. TERM drains and stops, HUP reloads, TTIN and TTOU resize (its log says the pid).'
+	@exec .venv/bin/python examples/primes.py $(ARGS)
+
+# -- testing it
+
+$(BUILD)/tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("prefork needs Python 3.11 or later; see PYTHON in the Makefile")'
+	rm -rf $(BUILD)/venv
+	$(PYTHON) -m venv $(BUILD)/venv
+	$(BIN)/python $(PIP) '.[test]'
+	@touch $@
+
+# `build` makes the sdist, and the wheel from the unpacked sdist.
+$(BUILD)/wheel: $(BUILD)/tools $(SOURCES)
+	rm -rf $(BUILD)/dist
+	$(BIN)/python -m build --no-isolation --outdir $(BUILD)/dist > $(BUILD)/build.log 2>&1 || { cat $(BUILD)/build.log; exit 1; }
+	$(BIN)/python $(PIP) --no-deps --force-reinstall $(BUILD)/dist/*.whl
+	@touch $@
+
+test: lint pytest
+
+lint: $(BUILD)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --python-executable $(BIN)/python
+
+# The `pytest` command, never `python -m pytest`, which would put this folder on sys.path (tests/test_package.py asserts it).
+pytest: $(BUILD)/wheel
+	$(BIN)/pytest $(ARGS)
+
+soak: $(BUILD)/wheel
+	$(BIN)/pytest -m soak tests/soak $(ARGS)
+
+T ?= tests
+N ?= 50
+repeat: $(BUILD)/wheel
+	@i=0; while [ $$i -lt $(N) ]; do i=$$((i + 1)); echo "$$i of $(N)"; $(BIN)/pytest -q -x $(T) $(ARGS) || exit 1; done
+
+stress: $(BUILD)/wheel
+	@busy=; trap 'kill $$busy' EXIT; trap 'exit 1' HUP INT TERM; \
+	for core in $$($(PYTHON) -c 'import os; print(*range(os.cpu_count()))'); do \
+	    sh -c 'while :; do :; done' & busy="$$busy $$!"; done; \
+	$(MAKE) --no-print-directory repeat T='$(T)' N=$(N) ARGS='$(ARGS)'
+
+# A pyenv shim may stand on the path for a version that is not active: what counts is that it runs, and is that version.
+test-all:
+	@tested=; failed=; \
+	for version in 3.11 3.12 3.13; do \
+	    for python in python$$version "$${PYENV_ROOT:-$$(pyenv root 2>/dev/null)}"/versions/$$version.*/bin/python; do \
+	        [ "$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $$version ] || continue; \
+	        echo "== Python $$version: $$python"; \
+	        tested="$$tested $$version"; \
+	        $(MAKE) --no-print-directory test PYTHON="$$python" || failed="$$failed $$version"; \
+	        break; \
+	    done; \
+	done; \
+	echo "tested with:$${tested:- no Python of 3.11 to 3.13}; failed:$${failed:- none}"; \
+	[ -n "$$tested" ] && [ -z "$$failed" ]
+
+# -- measuring it
+
+bench: $(BUILD)/wheel
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf .build .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
