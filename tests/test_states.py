@@ -1,0 +1,38 @@
+"""The tables of `states`."""
+
+from itertools import product
+
+from prefork.states import TRANSITIONS, Event, Phase, State, Stop
+
+DRAWING = """
+            booted      retired     exited
+starting    ready       retiring    gone
+ready       ready       retiring    gone
+retiring    retiring    retiring    gone
+"""
+
+
+def test_every_live_state_answers_every_event() -> None:
+    """Whatever happens to a live worker, the table says what it is then; the dead have no future."""
+    assert set(TRANSITIONS) == set(product(set(State) - {State.GONE}, Event))
+
+
+def test_drawn() -> None:
+    """The table is the one that was designed."""
+    rows = [["", *(event.value for event in Event)]]
+    rows += [[s.value, *(TRANSITIONS[s, e].value for e in Event)] for s in State if s is not State.GONE]
+    drawn = "\n".join("".join(cell.ljust(12) for cell in row).rstrip() for row in rows)
+    assert drawn == DRAWING.strip("\n")
+
+
+def test_there_is_no_way_back() -> None:
+    """A worker that leaves never serves again, and one that is ready never starts again."""
+    order = list(State)
+    assert all(order.index(after) >= order.index(before) for (before, _), after in TRANSITIONS.items())
+
+
+def test_orders_of_severity() -> None:
+    """Stops and phases are compared by number: harder and further is greater."""
+    assert Stop.NO < Stop.GRACEFUL < Stop.FAST < Stop.KILL
+    assert Phase.BOOTING < Phase.SERVING < Phase.DRAINING < Phase.LEAVING
+    assert int(Phase.BOOTING) == 0, "a cleared slot is that of a booting worker"
