@@ -1,0 +1,472 @@
+"""The pool: slots, generations, and what is wanted of them. Pure: events in, orders out; no I/O, no clock, no `os`.
+
+Events edit what is known or wanted and return nothing. `orders(now)` compares the two and says what to do next; calling
+it again without an event or a passed deadline says nothing new, so a caller cannot spin on it. `next_deadline()` says
+when to ask again. Stopping is a wanted size of zero.
+
+Rules that every order keeps, whatever the events were:
+
+- a ready worker is asked to leave only while more than `size` are ready;
+- a voluntary spawn (for a reload, a recycling) happens only while fewer than `size + max_surge` processes exist;
+- a missing worker is replaced at once, by the last good generation while another is unproven, unless its slot, or the
+  system, is in back-off, or as many leave as are wanted;
+- one generation at a time is unproven, with one worker, until that worker is ready.
+
+A worker that leaves takes its slot with it until it is reaped, so that no two live workers ever share a slot.
+"""
+
+import enum
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import prefork.policy as policy
+from prefork.options import MAX_WORKERS, Options
+from prefork.reports import Reason
+from prefork.states import TRANSITIONS, Event, State, Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Fork a worker. Answer with `spawned()` or `spawn_failed()`."""
+
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Ask a worker to drain and leave (again, until it says that it understood)."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """Ask a worker to leave at once (again, until it says that it understood)."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Make a worker say where it hangs; `Kill` follows."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL."""
+
+    pid: int
+
+
+Order = Spawn | Retire | Quit | Abort | Kill
+
+
+_SERVING = (State.STARTING, State.READY)
+
+
+class News(enum.Enum):
+    """What happened to the pool as a whole, for the log and for whoever waits."""
+
+    READY = "pool ready"
+    RELOAD_BEGINS = "reload begins"
+    RELOAD_SERVES = "reload serves"
+    RELOAD_FAILED = "reload failed"
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One live worker, as the pool knows it."""
+
+    slot: int
+    pid: int
+    generation: int
+    born: float
+    boot_deadline: float
+    state: State = State.STARTING
+    ready_at: float | None = None
+    expires: float | None = None  # max_lifetime
+    worn: bool = False  # should be replaced, although its generation is right
+    reason: Reason | None = None  # why it leaves, once that is known
+    # While it leaves:
+    quitting: bool = False
+    understood: bool = False
+    signal_at: float = 0.0
+    gap: float = 0.0
+    kill_at: float | None = None
+    aborted: bool = False
+    killed: bool = False
+
+    def on(self, event: Event) -> None:
+        self.state = TRANSITIONS[self.state, event]
+
+
+class Pool:
+    """The roster and what is wanted of it.
+
+    Parameters
+    ----------
+    options
+        Of which it reads `workers`, `max_surge`, the timeouts in seconds, and `max_lifetime`.
+    rng
+        Source of jitter.
+    """
+
+    SIGNAL_GAP = 0.02  # first repetition of an order that was not understood; doubles
+    LAST_GAP = 0.5
+    UNHEARD = 0.3  # a worker that must leave at once and does not even say so is killed
+    TEARDOWN = 2.0  # one that said so may use this long for its teardown
+    DUMP = 0.1  # between the order to show its stacks and SIGKILL
+
+    def __init__(self, options: Options, rng: random.Random) -> None:
+        self.options = options
+        self.size = options.workers
+        self.generation = 1  # the last good one, or the first
+        self.candidate: int | None = None  # the generation that a reload tries
+        self.stopping = Stop.NO
+        self.members: dict[int, Member] = {}
+        self.news: list[tuple[News, int]] = []
+        self._rng = rng
+        self._newest = 1
+        self._again = False
+        self._rolling = False
+        self._ever_ready = False
+        self._announced = False
+        self._slots: dict[int, policy.Backoff] = {}
+        self._system = policy.Backoff()
+
+    # -- queries ----------------------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> list[Member]:
+        """Workers that serve or will: neither leaving nor gone, oldest slot first."""
+        return sorted((m for m in self.members.values() if m.state in _SERVING), key=lambda m: m.slot)
+
+    @property
+    def ready(self) -> list[Member]:
+        return [m for m in self.serving if m.state is State.READY]
+
+    @property
+    def starting(self) -> list[Member]:
+        return [m for m in self.serving if m.state is State.STARTING]
+
+    @property
+    def goal(self) -> int:
+        """The generation that every worker should have."""
+        return self.generation if self.candidate is None else self.candidate
+
+    @property
+    def reloading(self) -> bool:
+        return self._rolling
+
+    @property
+    def boot_failed(self) -> bool:
+        """Whether the first generation is over before any of its workers was ready."""
+        return not self._ever_ready and not self.members and self.candidate is None and bool(self._slots)
+
+    @property
+    def done(self) -> bool:
+        return not self.members and (self.stopping is not Stop.NO or self.boot_failed)
+
+    def last_call(self) -> Spawn | None:
+        """One more worker for a graceful stop in which nobody is left to empty the queue, where that can be hoped for."""
+        if self.stopping is Stop.GRACEFUL and not self.members and self._ever_ready:
+            return Spawn(0, self.generation)
+        return None
+
+    def _fresh(self, member: Member) -> bool:
+        return member.generation == self.goal and not member.worn
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def spawned(self, order: Spawn, pid: int, now: float) -> Member:
+        member = Member(order.slot, pid, order.generation, now, now + self.options.boot_timeout)
+        self.members[pid] = member
+        # Of several forks at once some may be refused: one that succeeds does not undo that.
+        if now >= self._system.until:
+            self._system.reset()
+        return member
+
+    def spawn_failed(self, now: float) -> None:
+        """The system refused a fork or a descriptor: a reason to wait, for the whole pool."""
+        if now >= self._system.until:  # refusals of the same moment are one failure
+            self._system.failed(now, self._rng)
+
+    def booted(self, pid: int, now: float) -> None:
+        """A worker said that it is ready."""
+        member = self.members.get(pid)
+        if member is None or member.ready_at is not None:
+            return
+        member.on(Event.BOOTED)
+        member.ready_at = now
+        if life := policy.lifetime(self.options.max_lifetime, self._rng):
+            member.expires = now + life
+        self._ever_ready = True
+        if self.stopping is Stop.GRACEFUL and member.state is State.READY:
+            self._retire(member, Reason.STOPPED, now)
+        if member.state is State.READY and member.generation == self.candidate:
+            self.generation, self.candidate = self.candidate, None
+            self._slots.clear()  # what failed was another generation
+
+    def wear_out(self, pid: int) -> None:
+        """A worker asks to be replaced."""
+        if member := self.members.get(pid):
+            member.worn = True
+
+    def leaves(self, pid: int, now: float) -> None:
+        """A worker says that it drains, although perhaps nobody here asked it to."""
+        member = self.members.get(pid)
+        if member is None:
+            return
+        if member.state is not State.RETIRING:
+            self._retire(member, Reason.LEFT, now)
+        if not member.quitting:
+            self.understood(pid, now)
+
+    def understood(self, pid: int, now: float) -> None:
+        """A worker's slot says that the order in force has reached it."""
+        member = self.members.get(pid)
+        if member is not None and member.state is State.RETIRING and not member.understood:
+            member.understood = True
+            if member.quitting:
+                member.kill_at = now + self.TEARDOWN
+            elif member.ready_at is None:
+                member.kill_at = now + self.options.graceful_timeout
+
+    def condemn(self, pid: int, reason: Reason, now: float) -> None:
+        """A worker hangs: have it show where, then kill it."""
+        member = self.members.get(pid)
+        if member is not None and not member.aborted and not member.killed:
+            member.reason = reason
+            member.kill_at = now
+            member.understood = True  # or the answer to an earlier order would put it off
+            if member.state is not State.RETIRING:
+                member.on(Event.RETIRED)
+
+    def exited(self, pid: int, now: float, *, crashed: bool, served: bool) -> Member:
+        """A worker was reaped.
+
+        crashed
+            It ended neither by an order, nor by SIGKILL from outside.
+        served
+            It had taken at least one request.
+        """
+        member = self.members.pop(pid)
+        fresh = member.state is State.STARTING or member.reason is Reason.BOOT_TIMEOUT
+        asked = member.state is State.RETIRING and member.reason is not Reason.BOOT_TIMEOUT
+        member.on(Event.EXITED)
+        if member.reason is None:
+            member.reason = Reason.BOOT_FAILED if fresh else Reason.EXITED
+        # A worker that dies right after it was ready, having served nobody, is a crash loop as much as a failed boot.
+        young = member.ready_at is not None and now - member.ready_at < policy.HEALTHY and not served and crashed
+        if fresh or (young and not asked):
+            self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)
+            if member.generation == self.candidate:
+                self._abandon()
+        elif member.ready_at is not None and (served or now - member.ready_at >= policy.HEALTHY):
+            self._slots.pop(member.slot, None)
+        return member
+
+    def resize(self, size: int) -> None:
+        self.size = min(max(1, size), MAX_WORKERS)
+
+    def reload(self) -> None:
+        """Begin the next generation; while one is under way, remember to begin once more."""
+        if self.stopping is not Stop.NO:
+            return
+        if self._rolling:
+            self._again = True
+        else:
+            self._begin()
+
+    def stop(self, how: Stop, now: float) -> None:
+        """Ask for a size of zero. A harder stop replaces a softer one, never the other way."""
+        if how <= self.stopping:
+            return
+        self.stopping = how
+        self.candidate, self._rolling, self._again = None, False, False
+        for member in list(self.members.values()):
+            if how is Stop.GRACEFUL and member.state is State.RETIRING:
+                continue
+            self._retire(member, Reason.STOPPED, now)
+
+    def grant(self, seconds: float) -> None:
+        """Move every deadline: the master was away for so long, and nobody's time shall count against him."""
+        for member in self.members.values():
+            member.boot_deadline += seconds
+            if member.kill_at is not None and not member.aborted:
+                member.kill_at += seconds
+
+    # -- orders -----------------------------------------------------------------------------------------------------
+
+    def orders(self, now: float) -> list[Order]:
+        """What to do now. Each order is to be carried out, and a `Spawn` answered, before the next call."""
+        for member in self.members.values():
+            if member.expires is not None and now >= member.expires:
+                member.worn, member.expires = True, None
+            if member.state is State.STARTING and now >= member.boot_deadline:
+                self.condemn(member.pid, Reason.BOOT_TIMEOUT, now)
+        if self.stopping is Stop.NO:
+            self._reduce(now)
+        found: list[Order] = [order for m in self.members.values() if (order := self._press(m, now)) is not None]
+        if self.stopping is Stop.NO:
+            self._settle()
+            found += self._increase(now)
+        return found
+
+    def next_deadline(self) -> float | None:
+        """The earliest time at which `orders()` may have something new to say without a further event."""
+        return min(self._deadlines(), default=None)
+
+    def _deadlines(self) -> Iterator[float]:
+        for m in self.members.values():
+            if m.state is State.STARTING:
+                yield m.boot_deadline
+            if m.expires is not None:
+                yield m.expires
+            if m.state is State.RETIRING and not m.killed:
+                if m.kill_at is not None:
+                    yield m.kill_at
+                if not m.understood and not m.aborted:
+                    yield m.signal_at
+        if self.stopping is Stop.NO:
+            for slot, _ in self._wanted_spawns():
+                backoff = self._slots.get(slot)
+                yield max(self._system.until, backoff.until if backoff else 0.0)
+
+    def _press(self, m: Member, now: float) -> Order | None:
+        """The next step of making one worker leave."""
+        if m.state is not State.RETIRING or m.killed:
+            return None
+        if m.kill_at is not None and now >= m.kill_at:
+            # Where nobody will read the stacks, or there is nothing in hand, there is no dump.
+            if m.aborted or self.stopping >= Stop.FAST or (m.ready_at is None and m.reason is not Reason.BOOT_TIMEOUT):
+                m.killed = True
+                return Kill(m.pid)
+            m.aborted = True
+            m.kill_at = now + self.DUMP
+            if m.reason not in (Reason.BOOT_TIMEOUT, Reason.REQUEST_TIMEOUT):
+                m.reason = Reason.GRACEFUL_TIMEOUT
+            return Abort(m.pid)
+        if not m.understood and not m.aborted and now >= m.signal_at:
+            m.signal_at = now + m.gap
+            m.gap = min(self.LAST_GAP, m.gap * 2)
+            return Quit(m.pid) if m.quitting else Retire(m.pid)
+        return None
+
+    def _retire(self, member: Member, reason: Reason, now: float) -> None:
+        if member.killed or (member.aborted and self.stopping is not Stop.KILL):
+            return
+        if member.state is not State.RETIRING:
+            member.on(Event.RETIRED)
+            member.reason = reason
+        member.signal_at, member.gap = now, self.SIGNAL_GAP
+        if self.stopping is Stop.KILL:
+            member.kill_at = now
+            return
+        member.quitting = self.stopping is Stop.FAST
+        member.understood = False
+        if member.quitting or member.ready_at is None:
+            # It has no request in hand, or is not to finish it.
+            member.kill_at = now + self.UNHEARD
+        else:
+            # Also where there is no time for a request, one that has none in hand shall leave by itself.
+            member.kill_at = now + max(self.UNHEARD, self.options.graceful_timeout)
+
+    def _reduce(self, now: float) -> None:
+        """Ask those to leave who are not needed any more."""
+        stale = [m for m in self.serving if not self._fresh(m)]
+        kept = (self.generation, self.candidate)
+        for m in stale:
+            # A boot that leads nowhere: of a generation that was given up, or of one that has been replaced.
+            if m.state is State.STARTING and m.generation not in kept:
+                self._retire(m, Reason.RELOADED, now)
+        excess = len(self.ready) - self.size
+        leavers = [m for m in stale if m.state is State.READY][: max(0, excess)]
+        for m in leavers:
+            self._retire(m, Reason.RECYCLED if m.worn else Reason.RELOADED, now)
+        if self.candidate is not None:
+            return
+        surplus = len(self.serving) - self.size
+        if any(not self._fresh(m) for m in self.serving):
+            # Replacements are on their way; only those beyond the size are too many.
+            surplus = len([m for m in self.serving if self._fresh(m)]) - self.size
+        for m in reversed(self.starting):
+            if surplus > 0 and self._fresh(m):
+                self._retire(m, Reason.RESIZED, now)
+                surplus -= 1
+        spare = len(self.ready) - self.size
+        for m in reversed(self.ready):
+            if surplus > 0 and spare > 0 and self._fresh(m):
+                self._retire(m, Reason.RESIZED, now)
+                surplus, spare = surplus - 1, spare - 1
+
+    def _increase(self, now: float) -> list[Order]:
+        """Spawn those who are missing and not in back-off."""
+        if now < self._system.until:
+            return []
+        found: list[Order] = []
+        for slot, generation in self._wanted_spawns():
+            backoff = self._slots.get(slot)
+            if backoff is None or now >= backoff.until:
+                found.append(Spawn(slot, generation))
+        return found
+
+    def _wanted_spawns(self) -> Iterator[tuple[int, int]]:
+        """Which slot should get a worker of which generation, whether or not it may have one yet."""
+        # Before anybody was ever ready those who leave are waited for: perhaps their boot has failed.
+        here = self.serving if self._ever_ready else self.members.values()
+        proven = [m for m in here if m.generation != self.candidate]
+        surge = self.size + self.options.max_surge - len(self.members)
+        # While a generation is unproven, the lost are replaced by the last good one. Those who leave may take their
+        # time, but not pile up: never more of them than a pool.
+        lost = max(0, min(self.size - len(proven), self.size + surge))
+        if self.candidate is not None:
+            more = 1 - sum(m.generation == self.candidate for m in self.members.values())
+        else:
+            more = self.size - sum(map(self._fresh, proven)) - lost
+        more = max(0, min(more, surge - lost))
+        wanted = [self.generation] * lost + [self.goal] * more
+        taken = {m.slot for m in self.members.values()}
+        free = (slot for slot in itertools.count() if slot not in taken)
+        for slot, generation in zip(free, wanted, strict=False):
+            # Before anybody was ever ready, a slot that failed has said all it can say, but for the next generation.
+            if self._ever_ready or slot not in self._slots or generation == self.candidate:
+                yield slot, generation
+
+    # -- reload -----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._newest += 1
+        self.candidate = self._newest
+        self._rolling, self._again = True, False
+        # The operator says that it is mended: try at once.
+        for backoff in self._slots.values():
+            backoff.until = 0.0
+        self.news.append((News.RELOAD_BEGINS, self.candidate))
+
+    def _abandon(self) -> None:
+        assert self.candidate is not None
+        self.news.append((News.RELOAD_FAILED, self.candidate))
+        self.candidate, self._rolling = None, False
+        if self._again:
+            self._begin()
+
+    def _settle(self) -> None:
+        """Notice that what was wanted has come about."""
+        ready = self.ready
+        # Whether some are worn does not matter: a pool that recycles all the time would never settle.
+        if self.candidate is not None or len(ready) < self.size or any(m.generation != self.generation for m in ready):
+            return
+        if not self._announced:
+            self._announced = True
+            self.news.append((News.READY, self.generation))
+        if self._rolling:
+            self._rolling = False
+            self.news.append((News.RELOAD_SERVES, self.generation))
+            if self._again:
+                self._begin()

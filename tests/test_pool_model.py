@@ -1,0 +1,562 @@
+"""The pool against a fake kernel and clock: whatever happens, in whatever order, the rules in `pool` hold.
+
+`World` is the kernel, the clock and a master that does as it is told; it checks every order and every state. Two
+drivers share it: hypothesis, which shrinks what it finds, and a random walk, which goes far.
+`PREFORK_MODEL_STEPS=5000000` goes further, `PREFORK_MODEL_SEED=2` elsewhere; a failure names the episode and its last
+events.
+"""
+
+import os
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from prefork.options import Options
+from prefork.pool import Abort, Kill, News, Order, Pool, Quit, Retire, Spawn
+from prefork.reports import Reason
+from prefork.states import State, Stop
+
+STEPS = int(os.environ.get("PREFORK_MODEL_STEPS", "100000"))
+SEED = os.environ.get("PREFORK_MODEL_SEED", "1")
+pytestmark = pytest.mark.timeout(180 + STEPS / 500)
+EPISODE = 150  # steps after which a walk converges or stops, and the next begins
+
+PROMPT = 0.05  # seconds that a sound worker takes to boot, and to obey
+CONDEMNED = (Reason.BOOT_TIMEOUT, Reason.REQUEST_TIMEOUT)
+
+Fate = Callable[[int], tuple[float | None, float | None]]
+
+
+@dataclass(eq=False, slots=True)
+class Process:
+    """A worker as the kernel has it; `World.run` brings about its boot and its end."""
+
+    pid: int
+    slot: int
+    generation: int
+    born: float
+    deaf: bool  # heeds SIGKILL only
+    boots_at: float | None  # None: hangs
+    dies_at: float | None  # None: when it is told to
+    was_ready: bool = False
+    condemned: bool = False
+    told_at: float | None = None
+    told: type[Order] | None = None  # the last order it was sent
+    signal_at: float = 0.0
+    understood: bool = False
+
+
+class World:
+    """A pool, its kernel and its clock. Each method but `look`, `run` and `finish` is one event."""
+
+    def __init__(self, seed: object = 0, fate: Fate = lambda generation: (None, None), **values: Any) -> None:
+        self.rng = random.Random(str(seed))
+        self.options = Options({"workers": 2, "boot_timeout": 5.0, "graceful_timeout": 3.0, **values})
+        self.pool = Pool(self.options, self.rng)
+        self.fate = fate  # of a generation: the seconds from the fork to ready, and to the crash
+        self.now = 1000.0
+        self.processes: dict[int, Process] = {}
+        self.failing: list[bool] = []  # which of the next forks are refused
+        self.deaf = 0.0  # the share of deaf workers
+        self.last_pid = 100
+        self.peak = self.options.workers  # the greatest size since the pool was last settled
+        self.proven: set[int] = set()  # generations of which a worker has been ready
+        self.spawns: Counter[int] = Counter()  # by slot
+        self.failed_at = 0.0  # when a fork or a worker last failed
+        self.granted = 0.0
+        self.under_way: int | None = None  # the generation of which a reload was begun and not finished
+        self.trace: deque[tuple[object, ...]] = deque(maxlen=50)
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    def sleep(self) -> None:
+        """Nothing happens until the pool wants to be asked."""
+        due = self.pool.next_deadline()
+        self.now = self.now if due is None else max(self.now, due)
+
+    def suspend(self, seconds: float) -> None:
+        """The machine was away, and the master noticed."""
+        self.now += seconds
+        self.granted += seconds
+        self.pool.grant(seconds)
+
+    def refuse(self, forks: list[bool]) -> None:
+        self.failing = list(forks)
+
+    def boot(self, pid: int) -> None:
+        self.pool.booted(pid, self.now)
+        if (member := self.pool.members.get(pid)) and member.state is State.READY:
+            self.processes[pid].was_ready = True
+            self.proven.add(member.generation)
+            assert member.generation in (self.pool.generation, *self.proven)
+
+    def understand(self, pid: int) -> None:
+        self.pool.understood(pid, self.now)
+        if pid in self.processes and self.processes[pid].told is not None:
+            self.processes[pid].understood = True
+
+    def leave(self, pid: int) -> None:
+        self.pool.leaves(pid, self.now)
+        if process := self.processes.get(pid):
+            process.told_at = self.now if process.told_at is None else process.told_at
+            process.understood |= process.told is not Quit
+
+    def wear(self, pid: int) -> None:
+        self.pool.wear_out(pid)
+
+    def condemn(self, pid: int) -> None:
+        self.pool.condemn(pid, Reason.REQUEST_TIMEOUT, self.now)
+        if process := self.processes.get(pid):
+            process.condemned = True
+
+    def exit(self, pid: int, crashed: bool, served: bool) -> None:
+        process = self.processes.pop(pid)
+        generation, ready = self.pool.generation, self.pool.ready
+        was_ready = pid in {m.pid for m in ready}
+        member = self.pool.exited(pid, self.now, crashed=crashed, served=served and process.was_ready)
+        assert member.state is State.GONE and member.reason is not None
+        if not was_ready or crashed:
+            self.failed_at = self.now
+        assert self.pool.generation == generation, "a death does not change what is in force"
+        assert [m for m in ready if m is not member] == self.pool.ready, "nor does it touch the others"
+
+    def resize(self, size: int) -> None:
+        self.pool.resize(size)
+        self.peak = max(self.peak, self.pool.size)
+
+    def reload(self) -> None:
+        self.pool.reload()
+
+    def stop(self, how: Stop) -> None:
+        self.pool.stop(how, self.now)
+        for process in self.processes.values():
+            process.told_at = self.now if process.told_at is None else process.told_at
+
+    # -- the master ---------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Carry out the orders; then there must be nothing to do before the next deadline."""
+        pool = self.pool
+        before = {m.pid for m in pool.ready}
+        orders = pool.orders(self.now)
+        after = {m.pid for m in pool.ready}
+        assert before == after or len(after) >= pool.size, "a ready worker was retired without a ready replacement"
+        for order in orders:
+            self.trace.append((round(self.now, 4), order))
+            self._carry_out(order)
+        assert pool.orders(self.now) == [], "more orders without an event"
+        due = pool.next_deadline()
+        assert due is None or due > self.now, "busy loop"
+        self._check(due)
+
+    def _carry_out(self, order: Order) -> None:
+        if isinstance(order, Spawn):
+            self._fork(order)
+            return
+        process = self.processes[order.pid]
+        member = self.pool.members[order.pid]
+        options, stopping = self.options, self.pool.stopping
+        assert member.state is State.RETIRING
+        assert process.told is not Kill, "an order after Kill"
+        assert process.told is not Abort or isinstance(order, Kill), "only Kill follows Abort"
+        overdue = not process.was_ready and self.now >= process.born + options.boot_timeout
+        if isinstance(order, Retire | Quit):
+            assert isinstance(order, Quit) == (stopping is Stop.FAST)
+            process.understood &= process.told is Quit or isinstance(order, Retire)
+            assert not process.understood, "an order that was understood is repeated"
+            if process.told is type(order):
+                assert self.now - process.signal_at > Pool.SIGNAL_GAP - 1e-6, "orders come in a storm"
+            process.signal_at = self.now
+            process.told_at = self.now if process.told_at is None else process.told_at
+        elif stopping < Stop.FAST and not process.condemned and not overdue:
+            assert process.told_at is not None, "killed without having been asked"
+            grace = options.graceful_timeout if process.was_ready else min(Pool.UNHEARD, options.graceful_timeout)
+            assert self.now >= process.told_at + grace - 1e-6, "killed too early"
+        process.told = type(order)
+
+    def _fork(self, order: Spawn) -> None:
+        pool, live = self.pool, len(self.processes)
+        assert pool.stopping is Stop.NO
+        assert all(p.slot != order.slot for p in self.processes.values()), "two in one slot"
+        settled_ones = [m for m in pool.serving if m.generation != pool.candidate]
+        surge = pool.size + self.options.max_surge
+        if len(settled_ones) >= pool.size or order.generation == pool.candidate:
+            assert live < surge, "a voluntary spawn beyond the surge"
+        assert live < pool.size + surge, "workers that leave pile up"
+        assert order.slot < self.peak * 2 + self.options.max_surge
+        if self.failing and self.failing.pop(0):
+            self.failed_at = self.now
+            pool.spawn_failed(self.now)
+            return
+        self.last_pid += 1
+        pid = self.last_pid
+        boots, dies = self.fate(order.generation)
+        self.processes[pid] = Process(
+            pid, order.slot, order.generation, self.now, self.rng.random() < self.deaf,
+            None if boots is None else self.now + boots, None if dies is None else self.now + dies,
+        )  # fmt: skip
+        self.spawns[order.slot] += 1
+        pool.spawned(order, pid, self.now)
+
+    def _check(self, due: float | None) -> None:
+        pool, surge = self.pool, self.options.max_surge
+        members = pool.members
+        assert members.keys() == self.processes.keys()
+        assert len({m.slot for m in members.values()}) == len(members), "two in one slot"
+        serving = pool.serving
+        assert len(serving) <= self.peak + surge, "more serve than the size and the surge"
+        assert len(members) <= 2 * self.peak + surge, "too many processes"
+        unproven = [m for m in members.values() if m.generation not in self.proven and m.generation > 1]
+        assert len(unproven) <= 1, "more than one worker of an unproven generation"
+        assert not self.proven or pool.generation in self.proven
+        for news, generation in pool.news:
+            if news is News.RELOAD_BEGINS:
+                assert self.under_way is None
+                self.under_way = generation
+            elif news in (News.RELOAD_FAILED, News.RELOAD_SERVES):
+                assert generation == self.under_way, "a reload ends once, and after it began"
+                self.under_way = None
+        pool.news.clear()
+        if pool.stopping is not Stop.NO:
+            assert not serving
+            return
+        # Long after the last failure nobody is missing, unless too many are on their way out.
+        missing = pool.size - len([m for m in serving if m.generation != pool.candidate])
+        if self.proven and self.now - self.failed_at > 10.0 and len(members) < 2 * pool.size + surge:
+            assert missing <= 0, "a lost worker was not replaced at once"
+        if self.settled:
+            self.peak = pool.size
+            assert due is None or self.options.max_lifetime, "an idle pool wakes up"
+
+    @property
+    def settled(self) -> bool:
+        pool, wanted = self.pool, (State.READY, False, self.pool.goal)
+        return (
+            len(pool.members) == pool.size
+            and not pool.reloading
+            and all((m.state, m.worn, m.generation) == wanted for m in pool.members.values())
+        )
+
+    # -- a kernel without faults --------------------------------------------------------------------------------------
+
+    def run(self, seconds: float, until: Callable[[], bool] = lambda: False, steps: int = 100_000) -> bool:
+        """Let time pass; workers meet their fate, and obey unless they are deaf. Whether `until` came true."""
+        end = self.now + seconds
+        for _ in range(steps):
+            self.look()
+            if until():
+                return True
+            due = self.pool.next_deadline()
+            at, process = min(((self._next(p), p) for p in self.processes.values()), default=(end, None), key=_first)
+            self.now = max(self.now, min(end, at, end if due is None else due))
+            if process is not None and at <= self.now:
+                self._happen(process)
+            elif self.now >= end:
+                return False
+        raise AssertionError(f"no end within {steps} steps")
+
+    def _next(self, process: Process) -> float:
+        if process.told is Kill:
+            return self.now
+        leaves = process.told_at + PROMPT if process.told_at is not None and not process.deaf else None
+        boots = process.boots_at if not process.was_ready and process.told_at is None else None
+        return min((at for at in (leaves, boots, process.dies_at) if at is not None), default=float("inf"))
+
+    def _happen(self, process: Process) -> None:
+        if process.told is Kill or process.told_at is not None:
+            self.exit(process.pid, crashed=False, served=False)
+        elif process.dies_at is not None and process.dies_at <= self.now:
+            self.exit(process.pid, crashed=True, served=False)
+        else:
+            process.boots_at = None
+            self.boot(process.pid)
+
+    def finish(self) -> None:
+        """The faults end: the pool must come to what is wanted. Who hangs or is deaf stays so until he is killed."""
+        self.failing, self.deaf = [], 0.0
+        self.fate = lambda generation: (PROMPT, None)
+        for process in self.processes.values():
+            if not process.was_ready and process.pid % 3:
+                process.boots_at = self.now + PROMPT
+        bound = 30.0 + 3 * (self.options.boot_timeout + self.options.graceful_timeout) + self.granted
+        pool = self.pool
+        if pool.stopping is not Stop.NO:
+            assert self.run(bound, lambda: not self.processes, 2000), "does not stop"
+            assert pool.done and pool.next_deadline() is None
+        elif not self.run(bound, lambda: self.settled or pool.boot_failed, 3000):
+            raise AssertionError("does not converge")
+        elif pool.boot_failed:
+            assert not self.proven and pool.done and pool.next_deadline() is None
+        else:
+            assert self.under_way is None
+
+
+def _first(pair: tuple[float, object]) -> float:
+    return pair[0]
+
+
+def options_of(pick: random.Random) -> dict[str, Any]:
+    return {
+        "workers": pick.randint(1, 5),
+        "max_surge": pick.choice((1, 1, 2, 3, 8)),
+        "boot_timeout": pick.choice((0.05, 0.5, 5.0)),
+        "graceful_timeout": pick.choice((0.0, 0.5, 5.0)),
+        "max_lifetime": pick.choice((0.0, 0.0, 20.0)),
+    }
+
+
+# -- driven by hypothesis ---------------------------------------------------------------------------------------------
+
+
+class Model(RuleBasedStateMachine):
+    """Rules that name a worker count from the oldest process; a few more name one that is gone or never was."""
+
+    world: World
+
+    @initialize(seed=st.integers(0, 2**16), deaf=st.sampled_from((0.0, 0.5)))
+    def begin(self, seed: int, deaf: float) -> None:
+        self.world = World(seed, **options_of(random.Random(seed)))
+        self.world.deaf = deaf
+
+    def pid(self, which: int) -> int:
+        pids = list(self.world.processes)
+        return pids[which] if which < len(pids) else self.world.last_pid - which + 12
+
+    def done(self, look: bool) -> None:
+        if look:
+            self.world.look()
+
+    which = st.integers(0, 12)
+    look = st.sampled_from((True, True, True, False))
+
+    @rule(seconds=st.sampled_from((0.001, 0.02, 0.1, 0.3, 1.0, 3.0, 12.0, 1000.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+        self.world.look()
+
+    @rule()
+    def sleep(self) -> None:
+        self.world.sleep()
+        self.world.look()
+
+    @rule(seconds=st.sampled_from((0.6, 10.0)), look=look)
+    def suspend(self, seconds: float, look: bool) -> None:
+        self.world.suspend(seconds)
+        self.done(look)
+
+    @rule(forks=st.lists(st.booleans(), max_size=4))
+    def forks_are_refused(self, forks: list[bool]) -> None:
+        self.world.refuse(forks)
+
+    @rule(which=which, look=look)
+    def ready_byte(self, which: int, look: bool) -> None:
+        self.world.boot(self.pid(which))
+        self.done(look)
+
+    @rule()
+    def all_boot(self) -> None:
+        for pid in list(self.world.processes):
+            self.world.boot(pid)
+        self.world.look()
+
+    @rule(which=which, look=look)
+    def understood(self, which: int, look: bool) -> None:
+        self.world.understand(self.pid(which))
+        self.done(look)
+
+    @rule(which=which, look=look)
+    def term_from_outside(self, which: int, look: bool) -> None:
+        self.world.leave(self.pid(which))
+        self.done(look)
+
+    @rule(which=which, look=look)
+    def wears_out(self, which: int, look: bool) -> None:
+        self.world.wear(self.pid(which))
+        self.done(look)
+
+    @rule(which=which, look=look)
+    def hangs(self, which: int, look: bool) -> None:
+        self.world.condemn(self.pid(which))
+        self.done(look)
+
+    @precondition(lambda self: self.world.processes)
+    @rule(which=which, crashed=st.booleans(), served=st.booleans(), look=look)
+    def exits(self, which: int, crashed: bool, served: bool, look: bool) -> None:
+        pids = list(self.world.processes)
+        self.world.exit(pids[which % len(pids)], crashed, served)
+        self.done(look)
+
+    @rule(size=st.integers(-1, 6), look=look)
+    def resize(self, size: int, look: bool) -> None:
+        self.world.resize(size)
+        self.done(look)
+
+    @rule(look=look)
+    def reload(self, look: bool) -> None:
+        self.world.reload()
+        self.done(look)
+
+    @rule(how=st.sampled_from(Stop), really=st.integers(0, 9), look=look)
+    def stop(self, how: Stop, really: int, look: bool) -> None:
+        if really == 0 or self.world.pool.stopping is not Stop.NO:
+            self.world.stop(how)
+        self.done(look)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.finish()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(
+    max_examples=60,
+    stateful_step_count=60,
+    deadline=None,
+    database=None,
+    derandomize=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+# -- driven at random -------------------------------------------------------------------------------------------------
+
+
+def step(world: World, pick: random.Random, calm: float) -> None:
+    """One event: what a sound pool sees with the share `calm`, otherwise anything at all."""
+    pids = list(world.processes)
+    # A message may be late: its sender gone, or (in a hostile one) never there.
+    pid = pick.choice(pids) if pids and pick.random() < 0.95 else world.last_pid - pick.randint(-3, 20)
+    kind = pick.random()
+    if pick.random() < calm:
+        member = world.pool.members.get(pid)
+        if member is None or kind < 0.3:
+            event: tuple[object, ...] = (world.sleep,)
+        elif member.state is State.RETIRING:
+            event = (world.understand, pid) if kind < 0.6 else (world.exit, pid, False, False)
+        elif member.state is State.STARTING:
+            event = (world.boot, pid)
+        else:
+            event = (world.wear, pid) if kind < 0.4 else (world.pass_time, pick.random())
+    elif kind < 0.2:
+        event = (world.pass_time, pick.choice((0.001, 0.02, 0.1, 0.3, 1.0, 3.0, 12.0)) * pick.random())
+    elif kind < 0.3:
+        event = (world.boot, pid)
+    elif kind < 0.55 and pids:
+        event = (world.exit, pick.choice(pids), pick.random() < 0.5, pick.random() < 0.3)
+    elif kind < 0.63:
+        event = (world.leave, pid)
+    elif kind < 0.69:
+        event = (world.wear, pid)
+    elif kind < 0.75:
+        event = (world.understand, pid)
+    elif kind < 0.81:
+        event = (world.condemn, pid)
+    elif kind < 0.87:
+        event = (world.resize, pick.randint(-1, 6))
+    elif kind < 0.93:
+        event = (world.reload,)
+    elif kind < 0.95:
+        event = (world.refuse, [pick.random() < 0.7 for _ in range(pick.randint(1, 6))])
+    elif kind < 0.97:
+        event = (world.suspend, pick.choice((0.6, 5.0)))
+    elif kind < 0.98:
+        event = (world.stop, pick.choice(list(Stop)))
+    else:
+        event = (world.pass_time, 1000.0)
+    act, *arguments = event
+    world.trace.append((round(world.now, 4), getattr(act, "__name__", act), *arguments))
+    assert callable(act)
+    act(*arguments)
+    if pick.random() < 0.8:
+        world.look()
+
+
+def test_random_walk() -> None:
+    """Through STEPS events of every kind no rule is broken, and after each episode the pool converges or stops."""
+    for episode in range(max(1, STEPS // EPISODE)):
+        seed = f"{SEED}:{episode}"
+        pick = random.Random(seed)
+        world = World(seed, **options_of(pick))
+        world.deaf = pick.choice((0.0, 0.2, 1.0))
+        calm = pick.choice((0.2, 0.6, 0.9))
+        try:
+            world.look()
+            for _ in range(EPISODE):
+                step(world, pick, calm)
+            world.finish()
+        except BaseException as error:
+            error.add_note(f"episode {seed}, {world.options.__dict__}\n" + "\n".join(map(str, world.trace)))
+            raise
+
+
+# -- at length --------------------------------------------------------------------------------------------------------
+
+
+def booted(fate: Fate, **values: float) -> World:
+    """A settled pool whose processes will meet `fate` from now on."""
+    world = World(fate=lambda generation: (PROMPT, None), **values)
+    assert world.run(10.0, lambda: world.settled)
+    world.fate = fate
+    world.spawns.clear()
+    return world
+
+
+@pytest.mark.parametrize(
+    "fate",
+    [(None, 0.0), (None, 0.5), (0.001, 0.002), (0.1, 0.9), (None, None)],
+    ids=["at once", "in its boot", "once ready", "soon after", "hangs"],
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_crash_loop(size: int, fate: tuple[float | None, float | None]) -> None:
+    """A program that crashes or hangs whenever it is started costs at most about one boot a second a slot."""
+    world = booted(lambda generation: fate, workers=size, boot_timeout=0.05 if fate == (None, None) else 5.0)
+    for process in world.processes.values():
+        process.dies_at = world.now
+    world.run(600.0)
+    assert max(world.spawns.values()) <= 600
+    assert sum(world.spawns.values()) <= 600 * size
+    world.finish()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("lost", [1, 4])
+def test_reload_mends_a_crash_loop(size: int, lost: int) -> None:
+    """While some or all of the old generation crash-loop, a reload is tried nevertheless, and mends it."""
+    world = booted(lambda generation: (None, 0.01) if generation == 1 else (PROMPT, None), workers=size)
+    for process in list(world.processes.values())[:lost]:
+        process.dies_at = world.now
+    world.run(60.0)
+    world.reload()
+    assert world.run(2.0, lambda: world.settled)
+    assert world.pool.generation == 2
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_losses_during_a_hanging_reload(size: int) -> None:
+    """While the next generation hangs in its boot, the lost workers of the last good one are replaced at once."""
+    world = booted(lambda generation: (PROMPT, None) if generation == 1 else (None, None), workers=size)
+    world.reload()
+    world.run(1.0)
+    for pid in [m.pid for m in world.pool.ready]:
+        world.exit(pid, crashed=False, served=False)
+    assert world.run(2 * PROMPT, lambda: len(world.pool.ready) == size)
+    assert world.pool.generation == 1 and world.pool.candidate == 2
+    assert world.run(10.0, lambda: world.settled)
+    assert world.pool.generation == 1
+
+
+def test_recycling_for_a_long_time() -> None:
+    """Workers that live for a minute are replaced one by one for an hour, and never are fewer than the size ready."""
+    world = booted(lambda generation: (PROMPT, None), workers=4, max_lifetime=60.0)
+    assert not world.run(3600.0, lambda: len(world.pool.ready) < 4)
+    assert 4 * 58 <= sum(world.spawns.values()) <= 4 * 68
