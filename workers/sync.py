@@ -1,0 +1,328 @@
+"""The shipped worker: one request at a time, the accept loop of the process.
+
+One listener: a blocking `accept()` and nothing else between two requests. The kernel wakes one worker, the one that waits
+longest: every worker gets the same share (Jain's index 1.00), and idle workers do not wake up at all. A shared poll wakes the herd;
+EPOLLEXCLUSIVE starves; SO_REUSEPORT loses what is queued at a worker that dies.
+
+To leave, the handler of TERM does not raise (that lost 784 requests in 1,803): it puts /dev/null in the place of the worker's
+own copy of the listener. An `accept()` that was interrupted is retried (PEP 475) and fails with ENOTSOCK; a connection that it had
+already returned is served. When the whole pool stops nothing is replaced: the listener says EAGAIN once its queue is empty.
+
+Several listeners, or a system without pidfds and epoll to lean on: the listeners are non-blocking, and each worker has an
+epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import selectors
+import socket
+import socketserver
+import sys
+import time
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import prefork.scoreboard as scoreboard
+from prefork.errors import RequestTimeout
+from prefork.workers.base import Worker
+
+log = logging.getLogger("prefork")
+
+Take = Callable[[], tuple[Any, Any]]
+
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
+_PAUSE = 0.05  # seconds without accepting while the system is full
+_LAST_LOOK = 32  # connections that a leaving worker may still take from each of several listeners
+
+
+class SyncWorker(Worker):
+    """Serves any `socketserver` server, the whole chain of its methods, one request at a time.
+
+    Behind a `ThreadingMixIn` the chain ends in a thread a request; leaving, the worker waits for all of them, daemons too.
+    """
+
+    _null = -1
+    _said = 0.0
+
+    def run(self) -> None:
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for server in self.servers:
+            if _threaded(server):
+                self._follow_threads(server)
+        if self.draining:  # told to leave between ready and here
+            self.drain()
+        if len(self.servers) > 1:
+            self._serve_several()
+        elif _threaded(self.server):
+            self._serve_threads(self.server)
+        else:
+            self._serve_one(self.server)
+        self._finish()
+
+    def drain(self) -> None:
+        if self._null >= 0 and not self._board.pool_drains and len(self.servers) == 1:
+            os.dup2(self._null, _listener(self.server).fileno(), inheritable=False)
+
+    # -- one listener -------------------------------------------------------------------------------------------------
+
+    def _serve_one(self, server: socketserver.BaseServer) -> None:
+        """The hot path. Everything it needs is a local name; each line here was measured."""
+        take = _taker(server, self._board)
+        verify, process, shutdown = server.verify_request, server.process_request, server.shutdown_request
+        ints, floats = self._board.ints, self._board.floats
+        since, due, count_at, spent = (
+            scoreboard.BUSY_SINCE,
+            scoreboard.DEADLINE,
+            scoreboard.REQUESTS,
+            scoreboard.BUSY_TIME,
+        )
+        port_at = scoreboard.PEER_PORT
+        inet = _has_plain_peers(server)
+        timeout = self.options.request_timeout or 0.0
+        limit = self._limited()
+        count, total, last_host = 0, 0.0, ""
+        while True:
+            try:
+                request, peer = take()
+            except OSError as error:
+                if self._over(error):
+                    return
+                continue
+            start = monotonic()
+            floats[since] = start
+            if inet:
+                # A client's host seldom changes from one request to the next; its port always does.
+                if peer[0] != last_host:
+                    last_host = peer[0]
+                    self._board.set_peer(peer)
+                ints[port_at] = peer[1]
+            else:
+                self._board.set_peer(peer)
+            try:
+                if timeout:
+                    floats[due] = start + timeout
+                if verify(request, peer):
+                    process(request, peer)
+                else:
+                    shutdown(request)
+            except Exception:
+                self._failed(server, request, peer)
+            except BaseException:
+                shutdown(request)
+                raise
+            floats[due] = 0.0  # from here on no RequestTimeout can come
+            end = monotonic()
+            count += 1
+            total += end - start
+            ints[count_at] = count
+            floats[spent] = total
+            floats[since] = 0.0
+            if count >= limit:
+                self._look(count, end)
+
+    def _serve_threads(self, server: socketserver.BaseServer) -> None:
+        take = _taker(server, self._board)
+        while True:
+            try:
+                request, peer = take()
+            except OSError as error:
+                if self._over(error):
+                    return
+                continue
+            self._hand_over(server, request, peer)
+
+    def _over(self, error: OSError) -> bool:
+        """Whether this error of an accept is the end of the loop. If not, do about it what can be done."""
+        if self.draining or self._board.pool_drains:
+            if error.errno in _OVER:
+                self.draining = True
+                return True
+        elif error.errno in (errno.ENOTSOCK, errno.EBADF):
+            raise error  # the program closed the listener under us
+        if error.errno == errno.EAGAIN:
+            # Somebody else made the shared listener non-blocking; wait as an accept would have.
+            selector = selectors.DefaultSelector()
+            selector.register(_listener(self.server).fileno(), selectors.EVENT_READ)
+            selector.select(1.0)
+            selector.close()
+        elif error.errno in _FULL:
+            now = monotonic()
+            if now - self._said >= 1.0:
+                self._said = now
+                log.warning("worker %d cannot accept: %s; it pauses and tries again", self.slot, error.strerror)
+            time.sleep(_PAUSE)
+        # ECONNABORTED, EPROTO, a failed handshake: that client is gone, the next one is not.
+        return False
+
+    def _failed(self, server: socketserver.BaseServer, request: Any, peer: Any) -> None:
+        """What socketserver does about an exception in the chain, with a deadline that may pass meanwhile."""
+        try:
+            server.handle_error(request, peer)
+            server.shutdown_request(request)
+        except RequestTimeout:
+            server.shutdown_request(request)
+
+    # -- threads behind the chain ---------------------------------------------------------------------------------------
+
+    def _follow_threads(self, server: Any) -> None:
+        """Have the server's threads say when they are done with their request."""
+        inner = server.process_request_thread
+
+        def process_request_thread(request: Any, client_address: Any) -> None:
+            self._adopt(id(request))
+            try:
+                inner(request, client_address)
+            finally:
+                self._leave(id(request))
+
+        server.process_request_thread = process_request_thread
+
+    def _hand_over(self, server: socketserver.BaseServer, request: Any, peer: Any) -> None:
+        """The chain for loops that are not the hottest: accounts through `serving()`'s two halves."""
+        ticket = id(request)
+        threaded = _threaded(server)
+        self._enter(ticket, peer)
+        done = True
+        try:
+            if server.verify_request(request, peer):
+                server.process_request(request, peer)
+                done = not threaded
+            else:
+                server.shutdown_request(request)
+        except Exception:
+            self._failed(server, request, peer)
+        except BaseException:
+            server.shutdown_request(request)
+            raise
+        finally:
+            if done:
+                self._leave(ticket)
+
+    def serve_single(self, server: socketserver.BaseServer, request: Any, peer: Any) -> None:
+        """One request that was accepted elsewhere."""
+        if _threaded(server):
+            self._follow_threads(server)
+        self._hand_over(server, request, peer)
+        self._finish()
+
+    # -- several listeners --------------------------------------------------------------------------------------------------
+
+    def _serve_several(self) -> None:
+        takers = {_listener(server).fileno(): (server, _taker(server, self._board)) for server in self.servers}
+        poll = self._poller(list(takers))
+        while not self.draining:
+            for fd in poll(None):
+                if fd in takers and not self._take_from(*takers[fd], 1):
+                    break
+        # A wake-up that the kernel gave to this worker alone must not be lost with it: look once more. When the whole pool
+        # stops, take all there is.
+        rounds = sys.maxsize if self._board.pool_drains else _LAST_LOOK
+        for server, take in takers.values():
+            self._take_from(server, take, rounds)
+
+    def _take_from(self, server: socketserver.BaseServer, take: Take, most: int) -> bool:
+        """Serve up to `most` requests that are queued. False once told to leave."""
+        for _ in range(most):
+            try:
+                request, peer = take()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if self._over(error):
+                    return False
+                continue
+            self._hand_over(server, request, peer)
+        return not self.draining
+
+    def _poller(self, fds: list[int]) -> Callable[[float | None], list[int]]:
+        """A wait over all listeners that `drain` can end, whenever its signal comes."""
+        receiver, sender = os.pipe()
+        os.set_blocking(receiver, False)
+        os.set_blocking(sender, False)
+
+        def wake() -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.write(sender, b"\0")
+
+        self._wakeup = wake
+        if self.draining:
+            wake()
+        if sys.platform == "linux":
+            import select
+
+            epoll = select.epoll()
+            for fd in fds:
+                epoll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            epoll.register(receiver, select.EPOLLIN)
+            return lambda timeout: [fd for fd, _ in epoll.poll(timeout)]
+        selector = selectors.DefaultSelector()
+        for fd in [*fds, receiver]:
+            selector.register(fd, selectors.EVENT_READ)
+        return lambda timeout: [key.fd for key, _ in selector.select(timeout)]
+
+
+def _listener(server: Any) -> socket.socket:
+    found: socket.socket = server.socket
+    return found
+
+
+def _threaded(server: Any) -> bool:
+    """Whether the chain ends in ThreadingMixIn's own thread a request."""
+    return (
+        isinstance(server, socketserver.ThreadingMixIn)
+        and type(server).process_request is socketserver.ThreadingMixIn.process_request
+    )
+
+
+def _stock(server: Any) -> bool:
+    """Whether `get_request` is socketserver's own."""
+    return "get_request" not in vars(server) and type(server).get_request in (
+        socketserver.TCPServer.get_request,
+        socketserver.UDPServer.get_request,
+    )
+
+
+def _has_plain_peers(server: Any) -> bool:
+    return _stock(server) and server.socket.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def _taker(server: Any, board: scoreboard.Slot) -> Take:
+    """The cheapest call that does what the server's `get_request()` does."""
+    get_request: Take = server.get_request
+    listener = server.socket
+    if not _stock(server) or type(listener) is not socket.socket:
+        return get_request  # overridden, or a TLS listener
+    if listener.type == socket.SOCK_STREAM and sys.platform == "linux" and socket.getdefaulttimeout() is None:
+        # socket.accept() asks for family and type as enums, 0.85 us each, at every call. The new socket is blocking:
+        # on Linux it inherits nothing.
+        accept, make = listener._accept, socket.socket  # type: ignore[attr-defined]
+        family, kind, proto = int(listener.family), int(listener.type), listener.proto
+
+        def fast() -> tuple[Any, Any]:
+            fd, peer = accept()
+            return make(family, kind, proto, fd), peer
+
+        return fast
+    if listener.type == socket.SOCK_STREAM:
+
+        def plain() -> tuple[Any, Any]:
+            request, peer = get_request()
+            # Elsewhere it inherits O_NONBLOCK from a listener that is being drained.
+            request.settimeout(socket.getdefaulttimeout())
+            return request, peer
+
+        return plain
+    if listener.family == socket.AF_UNIX:
+
+        def datagram() -> tuple[Any, Any]:
+            request, peer = get_request()
+            if not request[0] and not peer and board.pool_drains:
+                raise BlockingIOError(errno.EAGAIN, "shut down")  # what SHUT_RD makes of a waiting recvfrom
+            return request, peer
+
+        return datagram
+    return get_request
