@@ -1,0 +1,162 @@
+"""The command: `prefork MODULE:NAME -b tcp://127.0.0.1:9999 -w 4`.
+
+Exit codes: 0 stopped, 1 an error of the system (an address in use), 2 usage, 3 no worker became ready, 4 the program cannot be imported.
+"""
+
+import argparse
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Sequence
+
+import prefork.listeners as listeners
+import prefork.master as master
+import prefork.stderr as stderr
+import prefork.workers.base as base
+from prefork.errors import OptionError, PreforkError, ProgramError
+from prefork.options import Options, Setting, declared
+from prefork.program import Bind, Program
+from prefork.reports import WorkerExit
+from prefork.states import Stop
+from prefork.workers.base import Seat
+
+log = logging.getLogger("prefork")
+
+_SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    given = _parser().parse_args(arguments)
+    handler = stderr.Handler(stderr.Writer())
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(given.log_level.upper())
+    try:
+        return _serve(given)
+    except (PreforkError, OSError) as error:
+        code = error.exit_code if isinstance(error, PreforkError) else 1
+        text = f"{given.program}: {error}" if isinstance(error, ProgramError) else _plain(error)
+        handler.writer.write(f"prefork: error: {text}\n".encode("utf-8", "backslashreplace"))
+        return code
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        log.removeHandler(handler)
+        handler.writer.close()
+
+
+def _plain(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" {error.filename}" if error.filename else ""
+    return f"cannot listen{' on' if where else ''}{where}: {error.strerror}"
+
+
+def _serve(given: argparse.Namespace) -> int:
+    flags = {one.name: getattr(given, one.name) for one in declared() if getattr(given, one.name, None) is not None}
+    options = Options(flags)
+    program = Program(given.program, [Bind.parse(text) for text in given.bind])
+    try:
+        program.open(options.boot_timeout)
+        options = Options(program.settings | flags)
+        return _run(program, options, flags.get("worker_class"))
+    finally:
+        program.close()
+
+
+def _run(program: Program, options: Options, wanted: object) -> int:
+    names = [listeners.describe(sock) for sock in program.sockets]
+    sockets = [listeners.Listener(sock) for sock in program.sockets]
+    for one, name in zip(sockets, names, strict=True):
+        one.open(blocking=len(sockets) == 1)
+        log.info("listening on %s", name)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    def start(seat: Seat, unblock: Callable[[], None]) -> int:
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        return base.main(seat, lambda seat: program.worker(seat, wanted), unblock)
+
+    base.set_title(f"prefork: master {program.target} {' '.join(names)}")
+    running = master.Master(
+        sockets, options, start, _Hooks(), title=" ".join(names), check=lambda: program.trial(options.boot_timeout)
+    )
+    try:
+        running.run()
+    except BaseException:
+        running.stop(Stop.KILL)
+        if running.pids:
+            running.run()
+        raise
+    finally:
+        running.close()
+    log.info("stopped")
+    return 0
+
+
+class _Hooks:
+    """The master has no program in it, so there is nothing to call."""
+
+    def service_actions(self) -> None: ...
+
+    def worker_exited(self, report: WorkerExit) -> None: ...
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prefork",
+        description="Serve a socketserver handler from a supervised pool of processes.",
+        epilog="Signals: TERM stop, INT or QUIT stop fast, HUP reload, TTIN/TTOU one worker more/fewer, USR1 reopen logs.",
+    )
+    parser.add_argument(
+        "program", metavar="MODULE:NAME", help="a handler class, a server class, or a callable that returns a server"
+    )
+    parser.add_argument(
+        "-b", "--bind", action="append", default=[], metavar="ADDRESS",
+        help="tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unixgram:PATH; may be repeated",
+    )  # fmt: skip
+    for one in declared():
+        if one.flag:
+            names = [f"--{one.name.replace('_', '-')}"]
+            parser.add_argument(
+                *(["-w", *names] if one.name == "workers" else names),
+                dest=one.name, type=_kind(one), default=None, metavar=_metavar(one), help=one.help.replace("%", "%%"),
+            )  # fmt: skip
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default: info"
+    )
+    parser.add_argument("--version", action="version", version=f"prefork {_version()}")
+    return parser
+
+
+def _metavar(one: Setting) -> str:
+    return {"seconds": "SECONDS", "bytes": "BYTES"}.get(one.unit, "CLASS" if one.kind is object else "N")
+
+
+def _kind(one: Setting) -> Callable[[str], object]:
+    """Reads a flag's value; what is out of range is said in the words of the setting."""
+
+    def read(text: str) -> object:
+        if one.kind is object:
+            return text
+        value: object = text
+        number, factor = text, 1
+        if one.unit == "bytes" and text[-1:].upper() in _SUFFIXES:
+            number, factor = text[:-1], _SUFFIXES[text[-1].upper()]
+        with contextlib.suppress(ValueError):
+            value = int(number) * factor if one.kind is int else float(number)
+        try:
+            return one.check(value)
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+    return read
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("prefork")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,462 @@
+"""The program that the command serves: `MODULE:NAME` and addresses.
+
+The command's master never imports it. A short-lived child, the scout, does: it builds the servers that NAME stands for, binds them as
+their classes say, and hands the listeners up (SCM_RIGHTS). Each worker imports the program afresh around the inherited listeners,
+so that a reload loads new code. The scout is also the trial before a reload: what cannot be imported fails there, with its own
+traceback, and nothing else has happened.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import signal
+import socket
+import socketserver
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import prefork.lifeline as lifeline
+import prefork.listeners as listeners
+import prefork.processes as processes
+import prefork.server as server
+from prefork.errors import OptionError, PreforkError, ProgramError
+from prefork.options import Options, declared
+from prefork.workers.base import Seat, Worker, set_title
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """An address from the command line."""
+
+    family: int
+    kind: int
+    address: Any
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Bind":
+        """`tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:PATH`, `unixgram:PATH`; an IPv6 host in brackets.
+
+        Raises
+        ------
+        OptionError
+            naming the part that is wrong.
+        """
+        for scheme, kind in (("unix:", socket.SOCK_STREAM), ("unixgram:", socket.SOCK_DGRAM)):
+            if text.startswith(scheme):
+                path = text[len(scheme) :]
+                if not path:
+                    raise OptionError(f"--bind: {text!r} names no path; write {scheme}/run/name.sock")
+                if len(os.fsencode(path)) > 107:
+                    raise OptionError(
+                        f"--bind: the path in {text!r} is longer than the 107 bytes a Unix socket may have"
+                    )
+                return cls(socket.AF_UNIX, kind, path, text)
+        for scheme, kind in (("tcp://", socket.SOCK_STREAM), ("udp://", socket.SOCK_DGRAM)):
+            if text.startswith(scheme):
+                host, colon, port = text[len(scheme) :].rpartition(":")
+                six = host.startswith("[") and host.endswith("]")
+                if not colon or (":" in host and not six):
+                    raise OptionError(
+                        f"--bind: {text!r} needs a host and a port: {scheme}127.0.0.1:9999, {scheme}[::1]:9999"
+                    )
+                if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+                    raise OptionError(f"--bind: {port!r} in {text!r} is no port; use 0 to 65535")
+                family = socket.AF_INET6 if six else socket.AF_INET
+                return cls(family, kind, (host[1:-1] if six else host, int(port)), text)
+        raise OptionError(
+            f"--bind: {text!r} is no address; use tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unixgram:PATH"
+        )
+
+
+_SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
+    (False, socket.SOCK_STREAM): server.PreforkTCPServer,
+    (False, socket.SOCK_DGRAM): server.PreforkUDPServer,
+    (True, socket.SOCK_STREAM): server.PreforkUnixStreamServer,
+    (True, socket.SOCK_DGRAM): server.PreforkUnixDatagramServer,
+}
+
+
+def find(target: str) -> Any:
+    """Import `MODULE:NAME` and return what it names.
+
+    Raises
+    ------
+    ProgramError
+        with the program's own traceback, if its import raises.
+    """
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise OptionError(f"{target!r} is no program; write MODULE:NAME, such as myserver:Handler")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ProgramError(f"there is no module {error.name!r} in {os.getcwd()} or on the module path") from None
+        raise ProgramError(f"{module_name!r} cannot be imported\n{_own_traceback()}") from None
+    except BaseException:
+        raise ProgramError(f"{module_name!r} cannot be imported\n{_own_traceback()}") from None
+    found: Any = module
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise ProgramError(f"module {module_name!r} has no {name!r}") from None
+    return found
+
+
+def _own_traceback() -> str:
+    """The traceback of the exception in hand from the program's first line on, without the lines of the import system."""
+    kind, value, trace = sys.exc_info()
+    while trace is not None and (
+        trace.tb_frame.f_code.co_filename in (__file__, importlib.__file__)
+        or trace.tb_frame.f_code.co_filename.startswith("<frozen importlib")
+    ):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(kind, value, trace)).rstrip()
+
+
+def build(target: str, binds: Sequence[Bind]) -> list[Any]:
+    """Make the servers: bound and activated, or adopted inside `adopting()`.
+
+    Raises
+    ------
+    ProgramError
+        NAME cannot be imported, or stands for nothing that can be served.
+    OptionError
+        The addresses do not fit it.
+    OSError
+        An address cannot be bound.
+    """
+    found = find(target)
+    if isinstance(found, type) and issubclass(found, socketserver.BaseRequestHandler):
+        _need(binds, target)
+        for bind in binds:
+            server.check_handler(found, bind.kind)
+        return [_made(_SERVERS[bind.family == socket.AF_UNIX, bind.kind], bind, found) for bind in binds]
+    if isinstance(found, type) and issubclass(found, socketserver.BaseServer):
+        _need(binds, target)
+        if not issubclass(found, server.PreforkMixIn):
+            found = type(found.__name__, (server.PreforkMixIn, found), {})
+        return [_made(found, bind, getattr(found, "RequestHandlerClass", None)) for bind in binds]
+    if not callable(found):
+        raise ProgramError(
+            f"{target} is {found!r}: no handler class, no server class, and no callable that returns a server"
+        )
+    if not binds:
+        return _called(found, target, None)
+    return [one for bind in binds for one in _called(found, target, bind)]
+
+
+def _need(binds: Sequence[Bind], target: str) -> None:
+    if not binds:
+        raise OptionError(f"{target} needs an address; add -b tcp://127.0.0.1:9999")
+
+
+def _made(kind: type[Any], bind: Bind, handler: Any) -> Any:
+    """One server of a class, at one address of the command line."""
+    if getattr(kind, "socket_type", bind.kind) != bind.kind:
+        raise OptionError(f"{kind.__name__} cannot serve {bind.text}: the one takes streams, the other datagrams")
+    if (kind.address_family == socket.AF_UNIX) != (bind.family == socket.AF_UNIX):
+        raise OptionError(f"{kind.__name__} cannot serve {bind.text}: it is of another address family")
+    if bind.family != kind.address_family:
+        kind = type(kind.__name__, (kind,), {"address_family": bind.family})
+    try:
+        return kind(bind.address, handler) if handler is not None else kind(bind.address)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = bind.text
+        raise
+
+
+def _called(factory: Callable[..., Any], target: str, bind: Bind | None) -> list[Any]:
+    try:
+        inspect.signature(factory).bind(*([] if bind is None else [bind.address]))
+    except TypeError:
+        how = "without an address (leave -b out)" if bind is not None else "with an address (add -b)"
+        raise OptionError(f"{target} must be called {how}") from None
+    except ValueError:
+        pass  # a builtin tells nothing about its parameters
+    made = factory() if bind is None else factory(bind.address)
+    made = list(made) if isinstance(made, list | tuple) else [made]
+    for one in made:
+        if not isinstance(one, socketserver.BaseServer):
+            raise ProgramError(f"{target} returned {one!r}, which is no socketserver server")
+    return made
+
+
+@contextlib.contextmanager
+def adopting(take: Callable[[Any], socket.socket | None]) -> Iterator[None]:
+    """Servers made inside get an existing listener from `take(server)`; where that is None they bind.
+
+    Patched is socketserver's own `server_bind`, where every override ends, in a process that does nothing else.
+    """
+    bind, activate, claim = (
+        socketserver.TCPServer.server_bind,
+        socketserver.TCPServer.server_activate,
+        server.PreforkMixIn.server_bind,
+    )
+    adopted: set[int] = set()
+
+    def server_bind(self: Any) -> None:
+        sock = take(self)
+        if sock is None:
+            bind(self)
+            return
+        self.socket.close()
+        self.socket = sock
+        self.server_address = sock.getsockname()
+        adopted.add(id(self))
+
+    def server_activate(self: Any) -> None:
+        if id(self) not in adopted:
+            activate(self)
+
+    def unclaimed(self: Any) -> None:
+        super(server.PreforkMixIn, self).server_bind()
+
+    socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
+    socketserver.TCPServer.server_activate = server_activate  # type: ignore[method-assign]
+    server.PreforkMixIn.server_bind = unclaimed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        socketserver.TCPServer.server_bind = bind  # type: ignore[method-assign]
+        socketserver.TCPServer.server_activate = activate  # type: ignore[method-assign]
+        server.PreforkMixIn.server_bind = claim  # type: ignore[method-assign]
+
+
+class Program:
+    """The program, as the master knows it: a name, sockets, and what the scout told of its settings."""
+
+    def __init__(self, target: str, binds: Sequence[Bind]) -> None:
+        self.target, self.binds = target, list(binds)
+        self.sockets: list[socket.socket] = []
+        self.claims: list[listeners.Claim] = []
+        self.settings: dict[str, object] = {}
+        self._asked: list[object] = []  # the addresses as they were asked for, before the kernel chose a port
+
+    def open(self, timeout: float) -> None:
+        """Have a scout import the program and bind.
+
+        Raises
+        ------
+        ProgramError, OptionError, OSError
+            as `build()` does.
+        """
+        scout = Scout(self._bind, timeout)
+        try:
+            processes.wait_readable(scout.fd, timeout)
+            answer, fds = scout.finish()
+        except BaseException:
+            scout.kill()
+            raise
+        if "error" in answer:
+            for fd in fds:
+                os.close(fd)
+            raise _error(answer)
+        self.settings, self._asked = answer["settings"], answer["asked"]
+        self.sockets = [socket.socket(fileno=fds.pop(0)) for _ in answer["asked"]]
+        self.claims = [
+            listeners.Claim.take_over(path, tuple(file) if file else None, fds.pop(0))
+            for path, file in answer["claims"]
+        ]
+
+    def trial(self, timeout: float) -> "Scout":
+        """Begin to try the program as it is now, without binding what is bound already."""
+        return Scout(self._try, timeout)
+
+    def worker(self, seat: Seat, wanted: object) -> Worker:
+        """In a worker: import the program around the inherited listeners."""
+        left = list(self.sockets)
+        with adopting(lambda made: left.pop(0) if left else None):
+            servers = build(self.target, self.binds)
+        kind = server.worker_class(wanted if wanted is not None else getattr(servers[0], "worker_class", "sync"))
+        return server.seated(kind, servers, seat)
+
+    def close(self) -> None:
+        for claim in self.claims:
+            claim.release()
+        for sock in self.sockets:
+            sock.close()
+        self.sockets, self.claims = [], []
+
+    # -- in the scout -----------------------------------------------------------------------------------------------------
+
+    def _bind(self) -> tuple[dict[str, Any], list[int]]:
+        asked: list[object] = []
+
+        def note(made: Any) -> None:
+            asked.append(_plain(made.server_address))
+
+        bind = socketserver.TCPServer.server_bind
+
+        def server_bind(self: Any) -> None:
+            note(self)
+            bind(self)
+
+        socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
+        servers = build(self.target, self.binds)
+        server.check(servers)
+        claims = [one._claim.hand_over() for one in servers if getattr(one, "_claim", None) is not None]
+        settings = {
+            one.name: value
+            for one in declared()
+            if one.flag
+            and one.name != "worker_class"
+            and (value := getattr(servers[0], one.name, None)) is not None
+            and value != one.__get__(None)
+        }
+        Options(settings)
+        # Their servers end with this function; the descriptors have to outlive them.
+        fds = [os.dup(one.fileno()) for one in servers] + [lock for _, _, lock in claims]
+        answer = {"settings": settings, "asked": asked, "claims": [[path, file] for path, file, _ in claims]}
+        return answer, fds
+
+    def _try(self) -> tuple[dict[str, Any], list[int]]:
+        left, socks = list(self._asked), list(self.sockets)
+
+        def take(made: Any) -> socket.socket | None:
+            address = _plain(made.server_address)
+            if left and left[0] == address:
+                left.pop(0)
+                return socks.pop(0)
+            with socket.socket(made.address_family, made.socket_type) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(made.server_address)
+            where = listeners.name(made.address_family, made.socket_type, made.server_address)
+            raise OptionError(f"the program now wants {where}; other addresses take a new start")
+
+        with adopting(take):
+            servers = build(self.target, self.binds)
+            server.check(servers)
+        if left:
+            raise OptionError("the program now serves fewer addresses; that takes a new start")
+        return {}, []
+
+
+class Scout:
+    """A child that runs one function and hands its answer, and descriptors, up. It dies with the master, and at its deadline."""
+
+    def __init__(self, work: Callable[[], tuple[dict[str, Any], list[int]]], timeout: float) -> None:
+        self.timeout = timeout
+        self.deadline = time.monotonic() + timeout
+        with processes.undivided():
+            self._socket, theirs = socket.socketpair()
+            ends = lifeline.Ends.open()
+            processes.private([self._socket.fileno()])
+        self.fd = self._socket.fileno()
+
+        def main(unblock: Callable[[], None]) -> int:
+            lifeline.arm(ends.lifeline_read)
+            for one in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+                signal.signal(one, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            set_title("prefork: scout")
+            unblock()
+            return _answer(work, theirs)
+
+        try:
+            pid = processes.fork(main)
+        except OSError:
+            processes.close(ends.of_master())
+            processes.forget([self.fd])
+            self._socket.close()
+            raise
+        finally:
+            processes.close(ends.of_worker())
+            theirs.close()
+        self._child = processes.Child(pid)
+        self._ends = ends
+
+    def finish(self) -> tuple[dict[str, Any], list[int]]:
+        """Take the answer, if it came in time, and reap the child."""
+        answer: dict[str, Any] = {
+            "error": "program",
+            "text": f"it was not imported within {self.timeout:g} s (boot_timeout)",
+        }
+        fds: list[int] = []
+        if processes.readable(self.fd):
+            data = b""
+            self._socket.settimeout(1.0)
+            with contextlib.suppress(OSError):
+                while len(data) < 1 << 20:
+                    piece, some, _, _ = socket.recv_fds(self._socket, 65536, 253)
+                    fds += some
+                    if not piece:
+                        break
+                    data += piece
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            answer = {"error": "program", "text": "its import ended the process"}
+            with contextlib.suppress(ValueError):
+                answer = json.loads(data)
+        self.kill()
+        return answer, fds
+
+    def result(self) -> str | None:
+        answer, _ = self.finish()
+        return str(_error(answer)) if "error" in answer else None
+
+    def kill(self) -> None:
+        """Kill and reap the child. It may be over already."""
+        self._child.send(signal.SIGKILL)
+        self._child.await_exit()
+        self._child.release()
+        processes.close(self._ends.of_master())
+        processes.forget([self.fd])
+        self._socket.close()
+
+
+def _answer(work: Callable[[], tuple[dict[str, Any], list[int]]], to: socket.socket) -> int:
+    fds: list[int] = []
+    try:
+        answer, fds = work()
+    except ProgramError as error:
+        answer = {"error": "program", "text": str(error)}
+    except PreforkError as error:
+        answer = {"error": "options", "text": str(error)}
+    except OSError as error:
+        answer = {"error": "system", "errno": error.errno, "text": error.strerror or str(error), "file": error.filename}
+        if error.errno is None or not _about_binding():
+            answer = {"error": "program", "text": f"it raised\n{_own_traceback()}"}
+    except BaseException:
+        answer = {"error": "program", "text": f"it raised\n{_own_traceback()}"}
+    data = json.dumps(answer).encode()
+    if fds:
+        socket.send_fds(to, [data], fds)
+    else:
+        to.sendall(data)
+    return 0
+
+
+def _about_binding() -> bool:
+    """Whether the exception in hand came out of a bind or listen, and not out of the program's own files or sockets."""
+    trace = sys.exc_info()[2]
+    names = set()
+    while trace is not None:
+        names.add(trace.tb_frame.f_code.co_name)
+        trace = trace.tb_next
+    return bool(names & {"server_bind", "server_activate", "take"})
+
+
+def _error(answer: dict[str, Any]) -> Exception:
+    text = answer["text"]
+    if answer["error"] == "program":
+        return ProgramError(text)
+    if answer["error"] == "options":
+        return OptionError(text)
+    return OSError(answer["errno"], text, answer.get("file"))
+
+
+def _plain(address: object) -> object:
+    """An address as JSON gives it back."""
+    return json.loads(json.dumps(address if not isinstance(address, bytes) else os.fsdecode(address)))
