@@ -1,6 +1,7 @@
 """The command: `prefork MODULE:NAME -b tcp://127.0.0.1:9999 -w 4`.
 
-Exit codes: 0 stopped, 1 an error of the system (an address in use), 2 usage, 3 no worker became ready, 4 the program cannot be imported.
+Exit codes: 0 stopped, 1 an error of the system (an address in use), 2 usage, 3 no worker became ready, 4 the program
+cannot be imported.
 """
 
 import argparse
@@ -54,28 +55,28 @@ def _plain(error: Exception) -> str:
 
 
 def _serve(given: argparse.Namespace) -> int:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # free for the program, in the workers; nothing to the master
     flags = {one.name: getattr(given, one.name) for one in declared() if getattr(given, one.name, None) is not None}
     options = Options(flags)
-    program = Program(given.program, [Bind.parse(text) for text in given.bind])
+    program = Program(given.program, [Bind.parse(text) for text in given.bind], flags.get("worker_class"))
     try:
         program.open(options.boot_timeout)
         options = Options(program.settings | flags)
-        return _run(program, options, flags.get("worker_class"))
+        return _run(program, options)
     finally:
         program.close()
 
 
-def _run(program: Program, options: Options, wanted: object) -> int:
+def _run(program: Program, options: Options) -> int:
     names = [listeners.describe(sock) for sock in program.sockets]
     sockets = [listeners.Listener(sock) for sock in program.sockets]
     for one, name in zip(sockets, names, strict=True):
         one.open(blocking=len(sockets) == 1)
         log.info("listening on %s", name)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     def start(seat: Seat, unblock: Callable[[], None]) -> int:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
-        return base.main(seat, lambda seat: program.worker(seat, wanted), unblock)
+        return base.main(seat, program.worker, unblock)
 
     base.set_title(f"prefork: master {program.target} {' '.join(names)}")
     running = master.Master(
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prefork",
         description="Serve a socketserver handler from a supervised pool of processes.",
-        epilog="Signals: TERM stop, INT or QUIT stop fast, HUP reload, TTIN/TTOU one worker more/fewer, USR1 reopen logs.",
+        epilog="Signals: TERM stop, INT/QUIT stop fast, HUP reload, TTIN/TTOU one worker more/fewer, USR1 reopen logs.",
     )
     parser.add_argument(
         "program", metavar="MODULE:NAME", help="a handler class, a server class, or a callable that returns a server"

@@ -1,9 +1,10 @@
 """Two pipes a worker: the lifeline, whose end-of-file kills it, and the uplink, on which it speaks to the master.
 
-**Lifeline.** The master alone holds the write end. The worker arms the read end so that the kernel signals it when the last
-write end is closed, whatever the worker is doing then. On Linux that signal is SIGKILL itself (`F_SETSIG`, fcntl(2)), which
-also reaches a worker that spins in C, is stopped, or masks everything; elsewhere it is SIGIO and a handler that leaves.
-PR_SET_PDEATHSIG was rejected: it needs ctypes, fires when the forking *thread* ends, and is cleared by setuid.
+**Lifeline.** The master alone holds the write end. The worker arms the read end so that the kernel signals it when the
+last write end is closed, whatever the worker is doing then. On Linux that signal is SIGKILL itself (`F_SETSIG`,
+fcntl(2)), which also reaches a worker that spins in C, is stopped, or masks everything; elsewhere it is SIGIO and a
+handler that leaves. PR_SET_PDEATHSIG was rejected: it needs ctypes, fires when the forking *thread* ends, and is
+cleared by setuid.
 
 **Uplink.** One byte a message, and free text for whatever else a dying worker has to say (the traceback of a boot, the
 stacks that faulthandler writes). It never blocks the worker: what does not fit is dropped.

@@ -1,8 +1,9 @@
 """The master: the one loop that joins the kernel (floor 1) with what decides (`pool`, `policy`).
 
-Events change what is wanted; orders bring reality toward it; the loop sleeps until the next deadline. Stopping is a wanted size of
-zero in the same loop: there is no second loop, no nested wait, no sleep. Errors of the system are back-off, never an exit;
-a hook that raises is logged. The master knows a worker only by its pid, its slot, and its two pipes.
+Events change what is wanted; orders bring reality toward it; the loop sleeps until the next deadline. Stopping is a
+wanted size of zero in the same loop: there is no second loop, no nested wait, no sleep. Errors of the system are
+back-off, never an exit; a hook that raises is logged. The master knows a worker only by its pid, its slot, and its two
+pipes.
 """
 
 import collections
@@ -13,7 +14,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import prefork.lifeline as lifeline
@@ -21,17 +21,16 @@ import prefork.policy as policy
 import prefork.pool as pool
 import prefork.processes as processes
 import prefork.signals as signals
+from prefork.crew import Hand, Start, launch, log_exit, report_of
 from prefork.errors import BootError
-from prefork.listeners import SETTLE, Listener
+from prefork.listeners import HANDSHAKES, SETTLE, Listener
 from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Scoreboard
 from prefork.states import Phase, State, Stop
-from prefork.workers.base import INTERRUPT, Seat, prepare, reopen_logs
+from prefork.workers.base import INTERRUPT, prepare, reopen_logs
 
 log = logging.getLogger("prefork")
-
-Start = Callable[[Seat, Callable[[], None]], int]
 
 SIGNALS = (
     signal.SIGTERM,
@@ -58,81 +57,14 @@ class Hooks(Protocol):
 class Check(Protocol):
     """A trial of the program before a reload, in a child of its own."""
 
-    fd: int  # readable when it is over
+    fd: int  # readable when there is something new
     deadline: float
+
+    def over(self) -> bool:
+        """Whether there is a result. Does not wait."""
 
     def result(self) -> str | None:
         """None if all is well, else what is wrong. Reaps the child, or kills it if it is not over."""
-
-
-@dataclass(slots=True)
-class Hand:
-    """What the master holds of one worker."""
-
-    slot: int
-    generation: int
-    child: processes.Child
-    lifeline_write: int
-    link: lifeline.Downlink
-    born: float
-    closed: bool = False  # its end of the uplink
-    closed_at: float = 0.0
-
-    def release(self) -> None:
-        self.child.release()
-        processes.close([self.lifeline_write, self.link.fd])
-
-
-def launch(
-    board: Scoreboard, slot: int, generation: int, options: Options, title: str, start: Start, *, use_pidfd: bool = True
-) -> Hand:
-    """Fork one worker into a slot.
-
-    Raises
-    ------
-    OSError
-        EMFILE, ENFILE, EAGAIN, ENOMEM: nothing was left open.
-    """
-    born = time.monotonic()
-    ends = lifeline.Ends.open()
-    board.clear(slot)
-    seat = Seat(
-        slot,
-        generation,
-        options,
-        board.slot(slot),
-        ends.lifeline_read,
-        ends.uplink_write,
-        f"prefork: worker {slot} {title} generation {generation}",
-        random.getrandbits(64),
-    )
-    try:
-        pid = processes.fork(lambda unblock: start(seat, unblock))
-    except OSError:
-        processes.close(ends.of_master())
-        raise
-    finally:
-        processes.close(ends.of_worker())
-    child = processes.Child(pid, use_pidfd=use_pidfd)
-    return Hand(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read), born)
-
-
-def report_of(hand: Hand, board: Scoreboard, reason: Reason, status: int | None, memory: int | None) -> WorkerExit:
-    now = time.monotonic()
-    entry = board.read(hand.slot, now)
-    return WorkerExit(
-        hand.slot,
-        hand.child.pid,
-        hand.generation,
-        reason,
-        status,
-        entry.peer,
-        entry.busy_for,
-        entry.requests,
-        memory,
-        now - hand.born,
-        hand.link.text,
-    )
 
 
 class Master:
@@ -169,6 +101,7 @@ class Master:
         self.pool = pool.Pool(options, random.Random())
         self.board = Scoreboard()
         self._start, self._title, self._use_pidfd = start, title, use_pidfd
+        self._pipes = processes.pipes()
         self._hands: dict[int, Hand] = {}
         self._asked: collections.deque[Callable[[], None]] = collections.deque()
         self._inbox = signals.Inbox(SIGNALS)
@@ -176,6 +109,7 @@ class Master:
         self._deadlines = policy.Deadlines(options.request_timeout)
         self._judge_at: float | None = None
         self._empty_at: float | None = None
+        self._handshakes_until = 0.0
         self._sweep_at: float | None = None
         self._queue_until = 0.0  # while a graceful stop has not seen the end of the queue
         self._last_calls = 3
@@ -190,7 +124,7 @@ class Master:
         self._poll_interval: float | None = None
         self._poll_at = 0.0
 
-    # -- for any thread ---------------------------------------------------------------------------------------------------
+    # -- for any thread --------------------------------------------------------------------------------------------
 
     @property
     def pids(self) -> set[int]:
@@ -205,8 +139,8 @@ class Master:
         self._ask(lambda: self._resize(size))
 
     def stop(self, how: Stop = Stop.GRACEFUL, *, detach: bool = False) -> None:
-        """Stop the pool. `run()` returns when it is over or, with `detach`, as soon as every worker was asked to leave: call it
-        again to see the drain through."""
+        """Stop the pool. `run()` returns when it is over or, with `detach`, as soon as every worker was asked to leave:
+        call it again to see the drain through."""
         self._detach = detach
         self._ask(lambda: self._stop(how))
 
@@ -214,7 +148,7 @@ class Master:
         self._asked.append(what)
         self._inbox.wake()
 
-    # -- the loop -----------------------------------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------------------
 
     def run(self, poll_interval: float | None = None) -> None:
         """Serve until stopped.
@@ -260,6 +194,9 @@ class Master:
 
     def close(self) -> None:
         """Give back what the loop needs. Nothing of the pool may be left."""
+        if self._check is not None:
+            self._check.result()
+            self._check = None
         self._inbox.close()
 
     def _over(self) -> bool:
@@ -280,7 +217,7 @@ class Master:
             self._asked.popleft()()
         self._reap(now)
         self._last_call(now)
-        self._watch_check(now)
+        self._watch_check()
         self._empty(now)
         self._listen_to_slots(now)
         self._judge(now)
@@ -301,7 +238,10 @@ class Master:
         if timeout is None and due is not None:
             timeout = min(max(0.0, due - time.monotonic()), LONGEST)
         for one in self._inbox.wait(0.0 if self._asked else timeout):
-            self._obey(one)
+            try:
+                self._obey(one)
+            except Exception:
+                log.exception("%s could not be obeyed", one.name)
 
     def _next(self) -> float | None:
         times = [self.pool.next_deadline(), self._judge_at, self._empty_at, self._sweep_at]
@@ -311,7 +251,7 @@ class Master:
             times.append(self._poll_at)
         return min((t for t in times if t is not None), default=None)
 
-    # -- what comes in ------------------------------------------------------------------------------------------------------
+    # -- what comes in ---------------------------------------------------------------------------------------------
 
     def _obey(self, one: signal.Signals) -> None:
         stopping = self.pool.stopping if self._empty_at is None else Stop.GRACEFUL
@@ -349,6 +289,7 @@ class Master:
             for one in tcp:
                 one.hold()
             self._empty_at = now + SETTLE if tcp else now
+            self._handshakes_until = now + HANDSHAKES
         else:
             self._empty_at = None
             self.pool.stop(how, now)
@@ -356,6 +297,9 @@ class Master:
     def _empty(self, now: float) -> None:
         """The second half of a graceful stop: handshakes that had begun are over, now the queue is all there is."""
         if self._empty_at is None or now < self._empty_at:
+            return
+        if now < self._handshakes_until and any(one.half_open() for one in self.listeners):
+            self._empty_at = now + SETTLE
             return
         self._empty_at = None
         self.board.drain(True)
@@ -417,15 +361,16 @@ class Master:
         if not self.pool.members:
             self._judge_at = None
 
-    # -- deaths ---------------------------------------------------------------------------------------------------------------
+    # -- deaths ----------------------------------------------------------------------------------------------------
 
     def _reap(self, now: float) -> None:
         sweep = self._sweep_at is not None and now >= self._sweep_at
         if sweep:
             self._sweep_at = None
         for hand in list(self._hands.values()):
-            # Two notices of a death: the pidfd, and the end of the uplink. The pipe closes a moment before there is an exit to
-            # collect, and may be held open by a child of the worker; without a pidfd it is therefore looked at again.
+            # Two notices of a death: the pidfd, and the end of the uplink. The pipe closes a moment before there is an
+            # exit to collect, and may be held open by a child of the worker; without a pidfd it is therefore looked at
+            # again.
             if self._collect(hand, try_it=sweep or hand.child.ended or hand.closed):
                 continue
             if hand.closed:
@@ -467,7 +412,7 @@ class Master:
         del self._hands[hand.child.pid]
         hand.release()
 
-    # -- what goes out ----------------------------------------------------------------------------------------------------------
+    # -- what goes out ---------------------------------------------------------------------------------------------
 
     def _carry_out(self, order: pool.Order) -> None:
         if isinstance(order, pool.Spawn):
@@ -488,6 +433,7 @@ class Master:
                 self._title,
                 self._start,
                 use_pidfd=self._use_pidfd,
+                pipes=self._pipes,
             )
         except OSError as error:
             if not self._refused:
@@ -529,7 +475,7 @@ class Master:
             self.hooks.service_actions()
         self._poll_at = now + max(0.001, self._poll_interval)
 
-    # -- reload -------------------------------------------------------------------------------------------------------------------
+    # -- reload ----------------------------------------------------------------------------------------------------
 
     def _reload(self) -> None:
         if self.pool.stopping is not Stop.NO or self._empty_at is not None:
@@ -551,10 +497,10 @@ class Master:
     def goal(self) -> int:
         return self.pool.generation
 
-    def _watch_check(self, now: float) -> None:
+    def _watch_check(self) -> None:
         """A trial of the program is over, or has had its time."""
         check = self._check
-        if check is None or not (now >= check.deadline or processes.readable(check.fd)):
+        if check is None or not check.over():
             return
         self._inbox.unwatch(check.fd)
         self._check = None
@@ -564,7 +510,7 @@ class Master:
         if wrong is None:
             self.pool.reload()
         else:
-            log.error("reload failed: %s; generation %d serves on", wrong, self.goal)
+            log.error("reload failed: generation %d serves on: %s", self.goal, wrong)
         if self._check_again:
             self._reload()
 
@@ -586,16 +532,8 @@ def _logged(name: str) -> Iterator[None]:
         log.exception("%s() raised; the pool goes on", name)
 
 
-def log_exit(report: WorkerExit) -> None:
-    level = logging.INFO if report.reason.ordered else logging.ERROR
-    log.log(level, "%s%s", report, f"\n{report.detail}" if report.detail else "")
-
-
 def _collectable() -> Any:
-    """Undo an inherited SIG_IGN for SIGCHLD, under which the kernel throws exit statuses away. Returns what to put back."""
+    """Undo an inherited SIG_IGN for SIGCHLD, under which exit statuses are thrown away. Returns what to put back."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return None
-
-
-__all__ = ["Check", "Hand", "Hooks", "Master", "launch", "log_exit", "report_of"]

@@ -139,7 +139,7 @@ class Pool:
         self._slots: dict[int, policy.Backoff] = {}
         self._system = policy.Backoff()
 
-    # -- queries ----------------------------------------------------------------------------------------------------
+    # -- queries ---------------------------------------------------------------------------------------------------
 
     @property
     def serving(self) -> list[Member]:
@@ -173,7 +173,7 @@ class Pool:
         return not self.members and (self.stopping is not Stop.NO or self.boot_failed)
 
     def last_call(self) -> Spawn | None:
-        """One more worker for a graceful stop in which nobody is left to empty the queue, where that can be hoped for."""
+        """One more worker for a graceful stop in which nobody is left to empty the queue, if one may be hoped for."""
         if self.stopping is Stop.GRACEFUL and not self.members and self._ever_ready:
             return Spawn(0, self.generation)
         return None
@@ -181,7 +181,7 @@ class Pool:
     def _fresh(self, member: Member) -> bool:
         return member.generation == self.goal and not member.worn
 
-    # -- events -----------------------------------------------------------------------------------------------------
+    # -- events ----------------------------------------------------------------------------------------------------
 
     def spawned(self, order: Spawn, pid: int, now: float) -> Member:
         member = Member(order.slot, pid, order.generation, now, now + self.options.boot_timeout)
@@ -301,7 +301,7 @@ class Pool:
             if member.kill_at is not None and not member.aborted:
                 member.kill_at += seconds
 
-    # -- orders -----------------------------------------------------------------------------------------------------
+    # -- orders ----------------------------------------------------------------------------------------------------
 
     def orders(self, now: float) -> list[Order]:
         """What to do now. Each order is to be carried out, and a `Spawn` answered, before the next call."""
@@ -438,7 +438,7 @@ class Pool:
             if self._ever_ready or slot not in self._slots or generation == self.candidate:
                 yield slot, generation
 
-    # -- reload -----------------------------------------------------------------------------------------------------
+    # -- reload ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         self._newest += 1
@@ -462,6 +462,8 @@ class Pool:
         # Whether some are worn does not matter: a pool that recycles all the time would never settle.
         if self.candidate is not None or len(ready) < self.size or any(m.generation != self.generation for m in ready):
             return
+        if any(m.generation != self.generation and m.ready_at and not m.understood for m in self.members.values()):
+            return  # it may still accept
         if not self._announced:
             self._announced = True
             self.news.append((News.READY, self.generation))

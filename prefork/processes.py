@@ -1,30 +1,36 @@
 """The only fork, wait and kill of the project.
 
-A fork happens with every signal blocked in the forking thread, so that no signal is lost or read by the wrong process between
-the fork and the moment the child has handlers of its own. The child runs one function and leaves through `os._exit`: the
-`finally` blocks and `atexit` handlers of whoever called fork never run in it.
+A fork happens with every signal blocked in the forking thread, so that no signal is lost or read by the wrong process
+between the fork and the moment the child has handlers of its own. The child runs one function and leaves through
+`os._exit`: the `finally` blocks and `atexit` handlers of whoever called fork never run in it.
 
-Only pids that were forked here are ever waited for, so that a child which the host program started keeps its exit status.
+Only pids that were forked here are ever waited for, so that a child which the host program started keeps its exit
+status.
 
-Descriptors that belong to the master alone are registered with `private()`. They are closed in every child of this process
-that is a fork without an exec, also in one that the host program or another pool in it makes: a write end of a lifeline that
-leaked would keep orphans alive. This set is the one piece of module state: descriptors belong to the process, not to a pool.
+Descriptors that belong to the master alone are registered with `private()`. They are closed in every child of this
+process that is a fork without an exec, also in one that the host program or another pool in it makes: a write end of a
+lifeline that leaked would keep orphans alive. This set is the one piece of module state: descriptors belong to the
+process, not to a pool.
 """
 
 import contextlib
 import errno
 import gc
 import os
+import resource  # noqa: F401  # os.wait4 imports it by itself, at a first exit: that is lost if no descriptor is left then
 import select
 import signal
+import stat
 import sys
 import threading
+import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
-# What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the former
-# mask one by one, at 230 us a fork with them.
+# What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the
+# former mask one by one, at 230 us a fork with them.
 _SIGNALS = {one for one in signal.valid_signals() if one < 32} - {signal.SIGKILL, signal.SIGSTOP}
 
 _private: set[int] = set()
@@ -60,7 +66,12 @@ def forget(fds: Iterable[int]) -> None:
 def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
-    close(list(_private))
+    left = sorted(_private)
+    _private.clear()
+    while left:  # in runs: a pool of 256 has 768 of them
+        run = next((n for n, fd in enumerate(left) if fd != left[0] + n), len(left))
+        os.closerange(left[0], left[0] + run)
+        del left[:run]
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -69,8 +80,8 @@ os.register_at_fork(after_in_child=_after_fork)
 class Child:
     """A process that was forked here.
 
-    `pidfd` is readable once it is dead, or None where the system has none to give (EMFILE, another kernel): then `reap()` has
-    to be tried from time to time.
+    `pidfd` is readable once it is dead, or None where the system has none to give (EMFILE, another kernel): then
+    `reap()` has to be tried from time to time.
     """
 
     def __init__(self, pid: int, *, use_pidfd: bool = True) -> None:
@@ -138,15 +149,16 @@ def readable(fd: int) -> bool:
 def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> int:
     """Fork a child that runs `main(unblock)` and exits with the code it returns. Returns its pid.
 
-    `main` calls `unblock()` once its signal handlers are in place. Inherited: everything but private descriptors and other
-    threads. With `freeze`, what exists before the fork is kept out of the child's garbage collections, so that those do not
-    copy the pages they would only look at (`gc.freeze`; 108-145 MB became 1.1 MB over a 200 MB heap).
+    `main` calls `unblock()` once its signal handlers are in place. Inherited: everything but private descriptors and
+    other threads. With `freeze`, what exists before the fork is kept out of the child's garbage collections, so that
+    those do not copy the pages they would only look at (`gc.freeze`; 108-145 MB became 1.1 MB over a 200 MB heap).
 
     Raises
     ------
     OSError
         EAGAIN or ENOMEM, where the system refuses.
     """
+    _await_subprocesses()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     thaw = freeze and gc.get_freeze_count() == 0
     collecting = gc.isenabled()
@@ -172,6 +184,31 @@ def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> i
             gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
+
+
+def _await_subprocesses() -> None:
+    """Let other threads finish what they are in the middle of: starting a `subprocess`.
+
+    Between making a pipe and the exec that closes it, such a thread would give a copy of the pipe to our child too,
+    which keeps it for life; the thread then waits for ever for the end-of-file that says that its exec went well.
+    """
+    me = threading.get_ident()
+    for _ in range(100):
+        if threading.active_count() == 1 or not any(
+            _starts_subprocess(frame) for ident, frame in sys._current_frames().items() if ident != me
+        ):
+            return
+        time.sleep(0.001)
+
+
+def _starts_subprocess(frame: types.FrameType | None) -> bool:
+    for _ in range(3):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "_execute_child":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals | int]) -> None:
@@ -204,6 +241,33 @@ def flush() -> None:
 def threads_left_behind() -> list[str]:
     """Names of the threads that a forked child will not have."""
     return [t.name for t in threading.enumerate() if t is not threading.current_thread()]
+
+
+def pipes() -> set[tuple[int, int]]:
+    """The pipes that are open here beside the standard streams, by descriptor and inode; none where /proc is not."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):
+                entry = os.fstat(fd)
+                if fd > 2 and stat.S_ISFIFO(entry.st_mode):
+                    found.add((fd, entry.st_ino))
+    return found
+
+
+def drop_pipes(known: set[tuple[int, int]], keep: Iterable[int]) -> None:
+    """In a child: put /dev/null in the place of every pipe that is neither `known` nor to be kept.
+
+    Another thread of the parent may be inside `subprocess.Popen` at the fork. A child that kept the write end of the
+    pipe by which it waits for its exec would make it wait for as long as the child lives. Closing them instead would
+    give their numbers away, and objects in the child may still own those.
+    """
+    strangers = {fd for fd, _ in pipes() - known}.difference(keep)
+    if strangers:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for fd in strangers:
+            os.dup2(null, fd, inheritable=False)
+        os.close(null)
 
 
 def refused(error: OSError) -> bool:

@@ -1,9 +1,9 @@
 """The program that the command serves: `MODULE:NAME` and addresses.
 
-The command's master never imports it. A short-lived child, the scout, does: it builds the servers that NAME stands for, binds them as
-their classes say, and hands the listeners up (SCM_RIGHTS). Each worker imports the program afresh around the inherited listeners,
-so that a reload loads new code. The scout is also the trial before a reload: what cannot be imported fails there, with its own
-traceback, and nothing else has happened.
+The command's master never imports it. A short-lived child, the scout, does: it builds the servers that NAME stands for,
+binds them as their classes say, and hands the listeners up (SCM_RIGHTS). Each worker imports the program afresh around
+the inherited listeners, so that a reload loads new code. The scout is also the trial before a reload: what cannot be
+imported fails there, with its own traceback, and nothing else has happened.
 """
 
 import contextlib
@@ -11,23 +11,22 @@ import importlib
 import inspect
 import json
 import os
-import signal
 import socket
 import socketserver
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import prefork.lifeline as lifeline
 import prefork.listeners as listeners
 import prefork.processes as processes
 import prefork.server as server
-from prefork.errors import OptionError, PreforkError, ProgramError
+import prefork.service as service
+from prefork.errors import OptionError, ProgramError
 from prefork.options import Options, declared
-from prefork.workers.base import Seat, Worker, set_title
+from prefork.scout import Scout, own_traceback
+from prefork.workers.base import Seat, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +100,9 @@ def find(target: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise ProgramError(f"there is no module {error.name!r} in {os.getcwd()} or on the module path") from None
-        raise ProgramError(f"{module_name!r} cannot be imported\n{_own_traceback()}") from None
+        raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
     except BaseException:
-        raise ProgramError(f"{module_name!r} cannot be imported\n{_own_traceback()}") from None
+        raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
     found: Any = module
     for part in name.split("."):
         try:
@@ -111,17 +110,6 @@ def find(target: str) -> Any:
         except AttributeError:
             raise ProgramError(f"module {module_name!r} has no {name!r}") from None
     return found
-
-
-def _own_traceback() -> str:
-    """The traceback of the exception in hand from the program's first line on, without the lines of the import system."""
-    kind, value, trace = sys.exc_info()
-    while trace is not None and (
-        trace.tb_frame.f_code.co_filename in (__file__, importlib.__file__)
-        or trace.tb_frame.f_code.co_filename.startswith("<frozen importlib")
-    ):
-        trace = trace.tb_next
-    return "".join(traceback.format_exception(kind, value, trace)).rstrip()
 
 
 def build(target: str, binds: Sequence[Bind]) -> list[Any]:
@@ -140,7 +128,7 @@ def build(target: str, binds: Sequence[Bind]) -> list[Any]:
     if isinstance(found, type) and issubclass(found, socketserver.BaseRequestHandler):
         _need(binds, target)
         for bind in binds:
-            server.check_handler(found, bind.kind)
+            service.check_handler(found, bind.kind)
         return [_made(_SERVERS[bind.family == socket.AF_UNIX, bind.kind], bind, found) for bind in binds]
     if isinstance(found, type) and issubclass(found, socketserver.BaseServer):
         _need(binds, target)
@@ -237,8 +225,9 @@ def adopting(take: Callable[[Any], socket.socket | None]) -> Iterator[None]:
 class Program:
     """The program, as the master knows it: a name, sockets, and what the scout told of its settings."""
 
-    def __init__(self, target: str, binds: Sequence[Bind]) -> None:
+    def __init__(self, target: str, binds: Sequence[Bind], worker_class: object = None) -> None:
         self.target, self.binds = target, list(binds)
+        self._worker_class = worker_class  # as the command was given it; None: what the program says
         self.sockets: list[socket.socket] = []
         self.claims: list[listeners.Claim] = []
         self.settings: dict[str, object] = {}
@@ -254,15 +243,12 @@ class Program:
         """
         scout = Scout(self._bind, timeout)
         try:
-            processes.wait_readable(scout.fd, timeout)
-            answer, fds = scout.finish()
+            while not scout.over():
+                processes.wait_readable(scout.fd, scout.deadline - time.monotonic())
         except BaseException:
             scout.kill()
             raise
-        if "error" in answer:
-            for fd in fds:
-                os.close(fd)
-            raise _error(answer)
+        answer, fds = scout.finish()
         self.settings, self._asked = answer["settings"], answer["asked"]
         self.sockets = [socket.socket(fileno=fds.pop(0)) for _ in answer["asked"]]
         self.claims = [
@@ -274,13 +260,12 @@ class Program:
         """Begin to try the program as it is now, without binding what is bound already."""
         return Scout(self._try, timeout)
 
-    def worker(self, seat: Seat, wanted: object) -> Worker:
+    def worker(self, seat: Seat) -> Worker:
         """In a worker: import the program around the inherited listeners."""
         left = list(self.sockets)
         with adopting(lambda made: left.pop(0) if left else None):
             servers = build(self.target, self.binds)
-        kind = server.worker_class(wanted if wanted is not None else getattr(servers[0], "worker_class", "sync"))
-        return server.seated(kind, servers, seat)
+        return service.seated(self._kind(servers), servers, seat)
 
     def close(self) -> None:
         for claim in self.claims:
@@ -289,23 +274,32 @@ class Program:
             sock.close()
         self.sockets, self.claims = [], []
 
-    # -- in the scout -----------------------------------------------------------------------------------------------------
+    def _kind(self, servers: Sequence[Any]) -> type[Worker]:
+        wanted = self._worker_class if self._worker_class is not None else getattr(servers[0], "worker_class", "sync")
+        return service.worker_class(wanted)
+
+    # -- in the scout ----------------------------------------------------------------------------------------------
 
     def _bind(self) -> tuple[dict[str, Any], list[int]]:
         asked: list[object] = []
-
-        def note(made: Any) -> None:
-            asked.append(_plain(made.server_address))
-
+        begun: list[Any] = []
         bind = socketserver.TCPServer.server_bind
 
         def server_bind(self: Any) -> None:
-            note(self)
+            asked.append(_plain(self.server_address))
+            begun.append(self)
             bind(self)
 
         socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
-        servers = build(self.target, self.binds)
-        server.check(servers)
+        try:
+            servers = build(self.target, self.binds)
+            service.check(servers)
+            self._kind(servers)
+        except BaseException:
+            for one in begun:  # or the path of a first address would outlive the failure of a second
+                with contextlib.suppress(Exception):
+                    one.server_close()
+            raise
         claims = [one._claim.hand_over() for one in servers if getattr(one, "_claim", None) is not None]
         settings = {
             one.name: value
@@ -316,8 +310,8 @@ class Program:
             and value != one.__get__(None)
         }
         Options(settings)
-        # Their servers end with this function; the descriptors have to outlive them.
-        fds = [os.dup(one.fileno()) for one in servers] + [lock for _, _, lock in claims]
+        # Their servers end with this function; the descriptors outlive them.
+        fds = [one.socket.detach() for one in servers] + [lock for _, _, lock in claims]
         answer = {"settings": settings, "asked": asked, "claims": [[path, file] for path, file, _ in claims]}
         return answer, fds
 
@@ -329,132 +323,20 @@ class Program:
             if left and left[0] == address:
                 left.pop(0)
                 return socks.pop(0)
-            with socket.socket(made.address_family, made.socket_type) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(made.server_address)
+            if made.address_family != socket.AF_UNIX:  # there a probe would leave its file
+                with socket.socket(made.address_family, made.socket_type) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(made.server_address)
             where = listeners.name(made.address_family, made.socket_type, made.server_address)
             raise OptionError(f"the program now wants {where}; other addresses take a new start")
 
         with adopting(take):
             servers = build(self.target, self.binds)
-            server.check(servers)
+            service.check(servers)
+            self._kind(servers)
         if left:
             raise OptionError("the program now serves fewer addresses; that takes a new start")
         return {}, []
-
-
-class Scout:
-    """A child that runs one function and hands its answer, and descriptors, up. It dies with the master, and at its deadline."""
-
-    def __init__(self, work: Callable[[], tuple[dict[str, Any], list[int]]], timeout: float) -> None:
-        self.timeout = timeout
-        self.deadline = time.monotonic() + timeout
-        with processes.undivided():
-            self._socket, theirs = socket.socketpair()
-            ends = lifeline.Ends.open()
-            processes.private([self._socket.fileno()])
-        self.fd = self._socket.fileno()
-
-        def main(unblock: Callable[[], None]) -> int:
-            lifeline.arm(ends.lifeline_read)
-            for one in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-                signal.signal(one, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            set_title("prefork: scout")
-            unblock()
-            return _answer(work, theirs)
-
-        try:
-            pid = processes.fork(main)
-        except OSError:
-            processes.close(ends.of_master())
-            processes.forget([self.fd])
-            self._socket.close()
-            raise
-        finally:
-            processes.close(ends.of_worker())
-            theirs.close()
-        self._child = processes.Child(pid)
-        self._ends = ends
-
-    def finish(self) -> tuple[dict[str, Any], list[int]]:
-        """Take the answer, if it came in time, and reap the child."""
-        answer: dict[str, Any] = {
-            "error": "program",
-            "text": f"it was not imported within {self.timeout:g} s (boot_timeout)",
-        }
-        fds: list[int] = []
-        if processes.readable(self.fd):
-            data = b""
-            self._socket.settimeout(1.0)
-            with contextlib.suppress(OSError):
-                while len(data) < 1 << 20:
-                    piece, some, _, _ = socket.recv_fds(self._socket, 65536, 253)
-                    fds += some
-                    if not piece:
-                        break
-                    data += piece
-            for fd in fds:
-                os.set_inheritable(fd, False)
-            answer = {"error": "program", "text": "its import ended the process"}
-            with contextlib.suppress(ValueError):
-                answer = json.loads(data)
-        self.kill()
-        return answer, fds
-
-    def result(self) -> str | None:
-        answer, _ = self.finish()
-        return str(_error(answer)) if "error" in answer else None
-
-    def kill(self) -> None:
-        """Kill and reap the child. It may be over already."""
-        self._child.send(signal.SIGKILL)
-        self._child.await_exit()
-        self._child.release()
-        processes.close(self._ends.of_master())
-        processes.forget([self.fd])
-        self._socket.close()
-
-
-def _answer(work: Callable[[], tuple[dict[str, Any], list[int]]], to: socket.socket) -> int:
-    fds: list[int] = []
-    try:
-        answer, fds = work()
-    except ProgramError as error:
-        answer = {"error": "program", "text": str(error)}
-    except PreforkError as error:
-        answer = {"error": "options", "text": str(error)}
-    except OSError as error:
-        answer = {"error": "system", "errno": error.errno, "text": error.strerror or str(error), "file": error.filename}
-        if error.errno is None or not _about_binding():
-            answer = {"error": "program", "text": f"it raised\n{_own_traceback()}"}
-    except BaseException:
-        answer = {"error": "program", "text": f"it raised\n{_own_traceback()}"}
-    data = json.dumps(answer).encode()
-    if fds:
-        socket.send_fds(to, [data], fds)
-    else:
-        to.sendall(data)
-    return 0
-
-
-def _about_binding() -> bool:
-    """Whether the exception in hand came out of a bind or listen, and not out of the program's own files or sockets."""
-    trace = sys.exc_info()[2]
-    names = set()
-    while trace is not None:
-        names.add(trace.tb_frame.f_code.co_name)
-        trace = trace.tb_next
-    return bool(names & {"server_bind", "server_activate", "take"})
-
-
-def _error(answer: dict[str, Any]) -> Exception:
-    text = answer["text"]
-    if answer["error"] == "program":
-        return ProgramError(text)
-    if answer["error"] == "options":
-        return OptionError(text)
-    return OSError(answer["errno"], text, answer.get("file"))
 
 
 def _plain(address: object) -> object:

@@ -69,7 +69,7 @@ class WorkerExit:
             parts.append(f", exit code {self.status}")
         if self.serving is not None:
             parts.append(f", while serving {self.serving} for {self.busy_for:.3f} s")
-        parts.append(f"; {self.requests} requests in {self.uptime:.1f} s")
+        parts.append(f"; {self.requests} request{'' if self.requests == 1 else 's'} in {self.uptime:.1f} s")
         if self.memory is not None:
             parts.append(f", peak {self.memory / 1048576:.1f} MiB")
         return "".join(parts)

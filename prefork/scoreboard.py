@@ -1,8 +1,8 @@
 """The scoreboard: anonymous shared memory with one slot a worker, written by that worker alone.
 
 A slot is 16 cells of 8 bytes. Stores of one cell are not torn on any 64-bit machine; cells are not consistent with each
-other, and need not be. The master treats all of it as hostile input: it takes numbers and a printable string from a slot,
-never an index or a pid, and clamps what it takes.
+other, and need not be. The master treats all of it as hostile input: it takes numbers and a printable string from a
+slot, never an index or a pid, and clamps what it takes.
 
 Inherited by a fork: the mapping itself. Nothing of it is a file, so nothing is left behind and nothing wakes a disk.
 

@@ -1,8 +1,8 @@
 """The signal inbox: what wakes the master, whoever sends it.
 
-Handlers only note which signal came; `set_wakeup_fd` (signal(7), CPython's own C-level handler) makes the selector return.
-The bytes on that socket pair are never counted or interpreted: 200,000 signals arrived as 20,733 bytes. Other threads wake
-the master through the same pair.
+Handlers only note which signal came; `set_wakeup_fd` (signal(7), CPython's own C-level handler) makes the selector
+return. The bytes on that socket pair are never counted or interpreted: 200,000 signals arrived as 20,733 bytes. Other
+threads wake the master through the same pair.
 
 Handlers can only be installed by the main thread. Elsewhere the inbox has none, and a master is steered by its methods.
 """
@@ -24,7 +24,8 @@ class Inbox:
     Parameters
     ----------
     signals
-        Which to take over between `install()` and `restore()`, which puts the former handlers and wake-up descriptor back.
+        Which to take over between `install()` and `restore()`, which puts the former handlers and wake-up descriptor
+        back.
     """
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
@@ -84,7 +85,7 @@ class Inbox:
             self._selector.unregister(fd)
 
     def wait(self, timeout: float | None) -> list[signal.Signals]:
-        """Sleep until something happens or `timeout` seconds have passed; run the callbacks; return the signals that came."""
+        """Sleep until something happens, at most `timeout` seconds; run the callbacks; return the signals that came."""
         if self._pending:
             timeout = 0.0
         for key, _ in self._selector.select(timeout):

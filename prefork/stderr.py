@@ -1,11 +1,11 @@
 """Writing to standard error without ever waiting for whoever reads it.
 
 A pipe that nobody empties, or a stopped terminal, blocks a write for ever, and with it the process (measured elsewhere:
-the server hangs and TERM is ignored). Here what cannot be written at once is dropped and counted, and the count is said with
-the next line that fits. A regular file never blocks in that sense and is written directly.
+the server hangs and TERM is ignored). Here what cannot be written at once is dropped and counted, and the count is said
+with the next line that fits. A regular file never blocks in that sense and is written directly.
 
-A pipe or terminal is opened once more through /proc/self/fd with O_NONBLOCK: setting the flag on the descriptor itself would
-change it for every process that shares it, such as the user's shell.
+A pipe or terminal is opened once more through /proc/self/fd with O_NONBLOCK: setting the flag on the descriptor itself
+would change it for every process that shares it, such as the user's shell.
 """
 
 import contextlib
@@ -122,12 +122,14 @@ class _Raw(io.RawIOBase):
 
 
 def replace() -> None:
-    """In a worker: let `sys.stderr` drop rather than block. Where it is a file, or was replaced already, do nothing."""
+    """In a worker: let `sys.stderr` drop rather than block. Also where it is a file, whose disk may be full. What the
+    program put in its place is left alone."""
     stream = sys.stderr
     try:
-        if stream is not sys.__stderr__ or stream is None or stat.S_ISREG(os.fstat(2).st_mode):
-            return
+        os.fstat(2)
     except OSError:
+        return
+    if stream is None or stream is not sys.__stderr__:
         return
     sys.stderr = io.TextIOWrapper(
         _Raw(Writer(2)), encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=True

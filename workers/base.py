@@ -2,12 +2,13 @@
 
     starting -> ready (idle <-> busy) -> draining -> gone
 
-Only the worker writes its slot of the scoreboard. Nothing in it waits on the lifeline: when the master dies the kernel kills the
-worker. It never raises into a handler because of a signal, but for the one request that is past its deadline.
+Only the worker writes its slot of the scoreboard. Nothing in it waits on the lifeline: when the master dies the kernel
+kills the worker. It never raises into a handler because of a signal, but for the one request that is past its deadline.
 """
 
 import contextlib
 import faulthandler
+import gc
 import logging
 import os
 import random
@@ -30,8 +31,8 @@ from prefork.errors import RequestTimeout
 from prefork.options import Options
 from prefork.states import Phase
 
-# The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends it: the
-# handler looks at the deadline itself.
+# The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends
+# it: the handler looks at the deadline itself.
 INTERRUPT = signal.SIGXCPU
 
 
@@ -67,7 +68,8 @@ class Worker:
     run()
         Serve until `draining` and return when drained.
     drain()
-        Told to leave. Called once, from a signal handler between two bytecodes of the main thread: set, close or wake something.
+        Told to leave. Called once, from a signal handler between two bytecodes of the main thread: set, close or wake
+        something.
     teardown()
         After `run()` has returned.
 
@@ -77,10 +79,12 @@ class Worker:
 
     To be read
     ----------
-    servers, server (the first of them), slot (a stable small number, unique among live workers), generation, options, draining
+    servers, server (the first of them), slot (a stable small number, unique among live workers), generation, options,
+    draining
 
-    Inherited by the fork: everything the master held before it, apart from its threads and its own descriptors. A connection to
-    a database that was opened before the fork is shared with the siblings, and breaks: open it in `setup()`.
+    Inherited by the fork: everything the master held before it, apart from its threads and its own descriptors. A
+    connection to a database that was opened before the fork is shared with the siblings, and breaks: open it in
+    `setup()`.
     """
 
     def __init__(self, servers: Sequence[socketserver.BaseServer], seat: Seat) -> None:
@@ -101,7 +105,7 @@ class Worker:
         rng = random.Random(seat.seed)
         self._recycle_after = policy.recycle_after(self.options.max_requests, self.options.requests_jitter, rng)
 
-    # -- may be overridden --------------------------------------------------------------------------------------------
+    # -- may be overridden -----------------------------------------------------------------------------------------
 
     def setup(self) -> None:
         """Open what this process must own. Called before the worker is ready."""
@@ -116,7 +120,7 @@ class Worker:
     def teardown(self) -> None:
         """Close what `setup()` opened. Called after `run()` has returned."""
 
-    # -- to be called -------------------------------------------------------------------------------------------------
+    # -- to be called ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def serving(self, peer: object = "") -> Iterator[None]:
@@ -148,7 +152,7 @@ class Worker:
             self._worn = True
             self._uplink.say(lifeline.WORN)
 
-    # -- what loops need ------------------------------------------------------------------------------------------------
+    # -- what loops need -------------------------------------------------------------------------------------------
 
     def _enter(self, ticket: object, peer: object) -> None:
         """A request begins, of several that this worker may have in hand."""
@@ -208,12 +212,13 @@ class Worker:
         if self._recycle_after and count >= self._recycle_after:
             self.recycle("max_requests")
         if self.options.max_memory and now >= self._memory_at:
-            # Memory grows only while requests are served: it is looked at then, at most twice a second, and never when idle.
+            # Memory grows only while requests are served: it is looked at then, at most twice a second, and never when
+            # idle.
             self._memory_at = now + 0.5
             if own_memory() > self.options.max_memory:
                 self.recycle("max_memory")
 
-    # -- signals --------------------------------------------------------------------------------------------------------
+    # -- signals ---------------------------------------------------------------------------------------------------
 
     def _on_term(self, signum: int, frame: types.FrameType | None) -> None:
         if not self.draining:
@@ -232,6 +237,7 @@ class Worker:
     def _on_quit(self, signum: int, frame: types.FrameType | None) -> None:
         self._board.set_phase(Phase.LEAVING)
         if not self._ready or self._board.floats[scoreboard.BUSY_SINCE]:
+            self._uplink.say(lifeline.LEAVES)
             os._exit(0)
         self._on_term(signum, frame)
         self._board.set_phase(Phase.LEAVING)
@@ -253,7 +259,7 @@ class Worker:
     def _on_reopen(self, signum: int, frame: types.FrameType | None) -> None:
         reopen_logs()
 
-    # -- life -----------------------------------------------------------------------------------------------------------
+    # -- life ------------------------------------------------------------------------------------------------------
 
     def live(self) -> int:
         """From ready to the last line. Returns the exit code."""
@@ -284,8 +290,9 @@ def main(seat: Seat, build: Callable[[Seat], Worker], unblock: Callable[[], None
     # The stacks of a hang (ABRT) or a crash (SIGSEGV and its like) go into the report of this worker's death.
     faulthandler.enable(file=seat.uplink_write, all_threads=True)
     for one in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH, INTERRUPT):
-        # Not SIG_IGN: that would also be inherited by whatever a handler executes.
-        signal.signal(one, lambda *_: None)
+        # Not a handler that does nothing: handlers run on the small stack that faulthandler made for this thread, one
+        # on top of the other, and six pending signals overflow it.
+        signal.signal(one, signal.SIG_IGN)
     for one in (signal.SIGTERM, signal.SIGQUIT):
         signal.signal(one, lambda *_: os._exit(0))  # until there is a worker to ask
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -332,7 +339,8 @@ def own_memory() -> int:
 
 
 def prepare(*, memory: bool) -> None:
-    """In the master: import what every worker would have to import after its fork."""
+    """In the master, before the first fork: import what every worker would import, and leave no garbage to copy."""
+    gc.collect()
     if sys.platform != "darwin":
         import setproctitle  # noqa: F401
     if memory:

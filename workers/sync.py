@@ -1,15 +1,16 @@
 """The shipped worker: one request at a time, the accept loop of the process.
 
-One listener: a blocking `accept()` and nothing else between two requests. The kernel wakes one worker, the one that waits
-longest: every worker gets the same share (Jain's index 1.00), and idle workers do not wake up at all. A shared poll wakes the herd;
-EPOLLEXCLUSIVE starves; SO_REUSEPORT loses what is queued at a worker that dies.
+One listener: a blocking `accept()` and nothing else between two requests. The kernel wakes one worker, the one that
+waits longest: every worker gets the same share (Jain's index 1.00), and idle workers do not wake up at all. A shared
+poll wakes the herd; EPOLLEXCLUSIVE starves; SO_REUSEPORT loses what is queued at a worker that dies.
 
-To leave, the handler of TERM does not raise (that lost 784 requests in 1,803): it puts /dev/null in the place of the worker's
-own copy of the listener. An `accept()` that was interrupted is retried (PEP 475) and fails with ENOTSOCK; a connection that it had
-already returned is served. When the whole pool stops nothing is replaced: the listener says EAGAIN once its queue is empty.
+To leave, the handler of TERM does not raise (that lost 784 requests in 1,803): it puts /dev/null in the place of the
+worker's own copy of the listener. An `accept()` that was interrupted is retried (PEP 475) and fails with ENOTSOCK; a
+connection that it had already returned is served. When the whole pool stops nothing is replaced: the listener says
+EAGAIN once its queue is empty.
 
-Several listeners, or a system without pidfds and epoll to lean on: the listeners are non-blocking, and each worker has an
-epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request.
+Several listeners, or a system without pidfds and epoll to lean on: the listeners are non-blocking, and each worker has
+an epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import socket
 import socketserver
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -35,6 +36,7 @@ Take = Callable[[], tuple[Any, Any]]
 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
+_BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 _PAUSE = 0.05  # seconds without accepting while the system is full
 _LAST_LOOK = 32  # connections that a leaving worker may still take from each of several listeners
 
@@ -42,13 +44,18 @@ _LAST_LOOK = 32  # connections that a leaving worker may still take from each of
 class SyncWorker(Worker):
     """Serves any `socketserver` server, the whole chain of its methods, one request at a time.
 
-    Behind a `ThreadingMixIn` the chain ends in a thread a request; leaving, the worker waits for all of them, daemons too.
+    Behind a `ThreadingMixIn` the chain ends in a thread a request; leaving, the worker waits for all of them, daemons
+    too.
     """
 
     _null = -1
     _said = 0.0
+    _fds: list[int]  # of the listeners, as they were inherited
 
     def run(self) -> None:
+        self._fds = [_listener(server).fileno() for server in self.servers]
+        takes = [_taker(server, self._board) for server in self.servers]
+        # From here on `drain()` can replace a listener.
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for server in self.servers:
             if _threaded(server):
@@ -56,23 +63,24 @@ class SyncWorker(Worker):
         if self.draining:  # told to leave between ready and here
             self.drain()
         if len(self.servers) > 1:
-            self._serve_several()
+            self._serve_several(takes)
         elif _threaded(self.server):
-            self._serve_threads(self.server)
+            self._serve_threads(self.server, *takes)
         else:
-            self._serve_one(self.server)
+            self._serve_one(self.server, *takes)
         self._finish()
 
     def drain(self) -> None:
         if self._null >= 0 and not self._board.pool_drains and len(self.servers) == 1:
-            os.dup2(self._null, _listener(self.server).fileno(), inheritable=False)
+            os.dup2(self._null, self._fds[0], inheritable=False)
 
-    # -- one listener -------------------------------------------------------------------------------------------------
+    # -- one listener ----------------------------------------------------------------------------------------------
 
-    def _serve_one(self, server: socketserver.BaseServer) -> None:
+    def _serve_one(self, server: socketserver.BaseServer, take: Take) -> None:
         """The hot path. Everything it needs is a local name; each line here was measured."""
-        take = _taker(server, self._board)
         verify, process, shutdown = server.verify_request, server.process_request, server.shutdown_request
+        if _nothing_to_shut(server):
+            process = server.finish_request
         ints, floats = self._board.ints, self._board.floats
         since, due, count_at, spent = (
             scoreboard.BUSY_SINCE,
@@ -114,7 +122,8 @@ class SyncWorker(Worker):
             except BaseException:
                 shutdown(request)
                 raise
-            floats[due] = 0.0  # from here on no RequestTimeout can come
+            if timeout:
+                floats[due] = 0.0  # from here on no RequestTimeout can come
             end = monotonic()
             count += 1
             total += end - start
@@ -124,8 +133,7 @@ class SyncWorker(Worker):
             if count >= limit:
                 self._look(count, end)
 
-    def _serve_threads(self, server: socketserver.BaseServer) -> None:
-        take = _taker(server, self._board)
+    def _serve_threads(self, server: socketserver.BaseServer, take: Take) -> None:
         while True:
             try:
                 request, peer = take()
@@ -141,12 +149,12 @@ class SyncWorker(Worker):
             if error.errno in _OVER:
                 self.draining = True
                 return True
-        elif error.errno in (errno.ENOTSOCK, errno.EBADF):
-            raise error  # the program closed the listener under us
+        elif error.errno in _BROKEN:
+            raise error  # the program closed or shut down the listener under us; asking again would only spin
         if error.errno == errno.EAGAIN:
             # Somebody else made the shared listener non-blocking; wait as an accept would have.
             selector = selectors.DefaultSelector()
-            selector.register(_listener(self.server).fileno(), selectors.EVENT_READ)
+            selector.register(self._fds[0], selectors.EVENT_READ)
             selector.select(1.0)
             selector.close()
         elif error.errno in _FULL:
@@ -166,7 +174,7 @@ class SyncWorker(Worker):
         except RequestTimeout:
             server.shutdown_request(request)
 
-    # -- threads behind the chain ---------------------------------------------------------------------------------------
+    # -- threads behind the chain ----------------------------------------------------------------------------------
 
     def _follow_threads(self, server: Any) -> None:
         """Have the server's threads say when they are done with their request."""
@@ -209,17 +217,17 @@ class SyncWorker(Worker):
         self._hand_over(server, request, peer)
         self._finish()
 
-    # -- several listeners --------------------------------------------------------------------------------------------------
+    # -- several listeners -----------------------------------------------------------------------------------------
 
-    def _serve_several(self) -> None:
-        takers = {_listener(server).fileno(): (server, _taker(server, self._board)) for server in self.servers}
+    def _serve_several(self, takes: Sequence[Take]) -> None:
+        takers = {fd: (server, take) for fd, server, take in zip(self._fds, self.servers, takes, strict=True)}
         poll = self._poller(list(takers))
         while not self.draining:
             for fd in poll(None):
                 if fd in takers and not self._take_from(*takers[fd], 1):
                     break
-        # A wake-up that the kernel gave to this worker alone must not be lost with it: look once more. When the whole pool
-        # stops, take all there is.
+        # A wake-up that the kernel gave to this worker alone must not be lost with it: look once more. When the whole
+        # pool stops, take all there is.
         rounds = sys.maxsize if self._board.pool_drains else _LAST_LOOK
         for server, take in takers.values():
             self._take_from(server, take, rounds)
@@ -286,6 +294,16 @@ def _stock(server: Any) -> bool:
     )
 
 
+def _nothing_to_shut(server: Any) -> bool:
+    """Whether all that follows a datagram's `finish_request` does nothing."""
+    stock = {
+        "process_request": socketserver.BaseServer.process_request,
+        "shutdown_request": socketserver.UDPServer.shutdown_request,
+        "close_request": socketserver.UDPServer.close_request,
+    }
+    return all(name not in vars(server) and getattr(type(server), name) is was for name, was in stock.items())
+
+
 def _has_plain_peers(server: Any) -> bool:
     return _stock(server) and server.socket.family in (socket.AF_INET, socket.AF_INET6)
 
@@ -294,9 +312,11 @@ def _taker(server: Any, board: scoreboard.Slot) -> Take:
     """The cheapest call that does what the server's `get_request()` does."""
     get_request: Take = server.get_request
     listener = server.socket
+    if listener.type == socket.SOCK_DGRAM:
+        return _datagrams(server, board)
     if not _stock(server) or type(listener) is not socket.socket:
         return get_request  # overridden, or a TLS listener
-    if listener.type == socket.SOCK_STREAM and sys.platform == "linux" and socket.getdefaulttimeout() is None:
+    if sys.platform == "linux" and socket.getdefaulttimeout() is None:
         # socket.accept() asks for family and type as enums, 0.85 us each, at every call. The new socket is blocking:
         # on Linux it inherits nothing.
         accept, make = listener._accept, socket.socket  # type: ignore[attr-defined]
@@ -307,22 +327,39 @@ def _taker(server: Any, board: scoreboard.Slot) -> Take:
             return make(family, kind, proto, fd), peer
 
         return fast
-    if listener.type == socket.SOCK_STREAM:
 
-        def plain() -> tuple[Any, Any]:
-            request, peer = get_request()
-            # Elsewhere it inherits O_NONBLOCK from a listener that is being drained.
-            request.settimeout(socket.getdefaulttimeout())
-            return request, peer
+    def plain() -> tuple[Any, Any]:
+        request, peer = get_request()
+        # Elsewhere it inherits O_NONBLOCK from a listener that is being drained.
+        request.settimeout(socket.getdefaulttimeout())
+        return request, peer
 
-        return plain
-    if listener.family == socket.AF_UNIX:
+    return plain
 
-        def datagram() -> tuple[Any, Any]:
-            request, peer = get_request()
-            if not request[0] and not peer and board.pool_drains:
+
+def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
+    """Receiving and answering need a descriptor each: leaving replaces the one that is received from, while a handler
+    may be about to answer."""
+    listener = server.socket
+    answers = listener.dup()
+    local = listener.family == socket.AF_UNIX
+    if _stock(server):
+        server.socket = answers
+        receive = listener.recvfrom
+
+        def stock() -> tuple[Any, Any]:
+            data, peer = receive(server.max_packet_size)
+            if local and not data and not peer and board.pool_drains:
                 raise BlockingIOError(errno.EAGAIN, "shut down")  # what SHUT_RD makes of a waiting recvfrom
-            return request, peer
+            return (data, answers), peer
 
-        return datagram
-    return get_request
+        return stock
+    get_request = server.get_request
+
+    def overridden() -> tuple[Any, Any]:
+        request, peer = get_request()
+        if isinstance(request, tuple) and len(request) == 2 and request[1] is listener:
+            request = request[0], answers
+        return request, peer
+
+    return overridden

@@ -1,0 +1,109 @@
+"""One worker as the master holds it: process, pipes, slot; how it is made, and the report of its end."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import prefork.lifeline as lifeline
+import prefork.processes as processes
+from prefork.options import Options
+from prefork.reports import Reason, WorkerExit
+from prefork.scoreboard import Scoreboard
+from prefork.workers.base import Seat
+
+log = logging.getLogger("prefork")
+
+Start = Callable[[Seat, Callable[[], None]], int]  # what runs in the child, given its seat and `unblock`; its exit code
+
+
+@dataclass(slots=True)
+class Hand:
+    """What the master holds of one worker."""
+
+    slot: int
+    generation: int
+    child: processes.Child
+    lifeline_write: int
+    link: lifeline.Downlink
+    born: float
+    closed: bool = False  # its end of the uplink
+    closed_at: float = 0.0
+
+    def release(self) -> None:
+        self.child.release()
+        processes.close([self.lifeline_write, self.link.fd])
+
+
+def launch(
+    board: Scoreboard,
+    slot: int,
+    generation: int,
+    options: Options,
+    title: str,
+    start: Start,
+    *,
+    use_pidfd: bool = True,
+    pipes: set[tuple[int, int]] | None = None,
+) -> Hand:
+    """Fork one worker into a slot. Where other threads run, it gets only those pipes of theirs that are in `pipes`.
+
+    Raises
+    ------
+    OSError
+        EMFILE, ENFILE, EAGAIN, ENOMEM: nothing was left open.
+    """
+    born = time.monotonic()
+    ends = lifeline.Ends.open()
+    board.clear(slot)
+    seat = Seat(
+        slot,
+        generation,
+        options,
+        board.slot(slot),
+        ends.lifeline_read,
+        ends.uplink_write,
+        f"prefork: worker {slot} {title} generation {generation}",
+        random.getrandbits(64),
+    )
+    beside = pipes is not None and threading.active_count() > 1
+
+    def main(unblock: Callable[[], None]) -> int:
+        if beside and pipes is not None:
+            processes.drop_pipes(pipes, ends.of_worker())
+        return start(seat, unblock)
+
+    try:
+        pid = processes.fork(main)
+    except OSError:
+        processes.close(ends.of_master())
+        raise
+    finally:
+        processes.close(ends.of_worker())
+    child = processes.Child(pid, use_pidfd=use_pidfd)
+    return Hand(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read), born)
+
+
+def report_of(hand: Hand, board: Scoreboard, reason: Reason, status: int | None, memory: int | None) -> WorkerExit:
+    now = time.monotonic()
+    entry = board.read(hand.slot, now)
+    return WorkerExit(
+        hand.slot,
+        hand.child.pid,
+        hand.generation,
+        reason,
+        status,
+        entry.peer,
+        entry.busy_for,
+        entry.requests,
+        memory,
+        now - hand.born,
+        hand.link.text,
+    )
+
+
+def log_exit(report: WorkerExit) -> None:
+    level = logging.INFO if report.reason.ordered else logging.ERROR
+    log.log(level, "%s%s", report, f"\n{report.detail}" if report.detail else "")

@@ -1,0 +1,342 @@
+"""What stands behind a server's face: checks before anything is forked, and the master while there is one.
+
+A `Service` belongs to one server, or to several that `serve()` joins. It keeps socketserver's rules about `shutdown()`,
+sees drains through, and has single workers serve single requests for `handle_request()`.
+"""
+
+import importlib
+import logging
+import select
+import signal
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import prefork.crew as crew
+import prefork.listeners as listeners
+import prefork.master as master
+import prefork.scoreboard as scoreboard
+import prefork.stderr as stderr
+import prefork.workers.base as base
+from prefork.errors import OptionError
+from prefork.options import Options
+from prefork.reports import Reason, WorkerExit
+from prefork.states import Stop
+from prefork.workers.base import Seat, Worker
+from prefork.workers.sync import SyncWorker
+
+log = logging.getLogger("prefork")
+
+CLASSES = {"sync": "prefork.workers.sync:SyncWorker"}
+
+
+def check(servers: Sequence[Any]) -> Options:
+    """Check settings and handlers before anything is forked."""
+    if not servers:
+        raise OptionError("serve() needs at least one server")
+    for server in servers:
+        handler = getattr(server, "RequestHandlerClass", None)
+        check_handler(handler, server.socket_type)
+        if server.fileno() < 0:
+            raise OptionError("the server is closed; make a new one")
+        if server.socket_type == socket.SOCK_STREAM and not _listens(server):
+            raise OptionError("the server does not listen yet; call server_bind() and server_activate()")
+    options = Options.of(servers[0])
+    worker_class(options.worker_class)
+    return options
+
+
+def _listens(server: Any) -> bool:
+    if getattr(server, "_spent", False):
+        return True  # it will be bound anew
+    try:
+        return bool(server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except (AttributeError, OSError):
+        return True  # a system that does not tell
+
+
+def check_handler(handler: object, socket_type: int) -> None:
+    """Raises OptionError for a handler that is none, or not for this kind of socket."""
+    if not callable(handler):
+        raise OptionError(
+            f"RequestHandlerClass: {handler!r} is no handler; pass a subclass of socketserver.BaseRequestHandler"
+        )
+    if isinstance(handler, type):
+        stream = issubclass(handler, socketserver.StreamRequestHandler)
+        datagram = issubclass(handler, socketserver.DatagramRequestHandler)
+        if stream and socket_type == socket.SOCK_DGRAM:
+            raise OptionError(
+                f"RequestHandlerClass: {handler.__name__} handles streams, the server takes datagrams; "
+                "use DatagramRequestHandler or bind a stream address"
+            )
+        if datagram and socket_type == socket.SOCK_STREAM:
+            raise OptionError(
+                f"RequestHandlerClass: {handler.__name__} handles datagrams, the server takes streams; "
+                "use StreamRequestHandler or bind a datagram address"
+            )
+
+
+def worker_class(wanted: object) -> type[Worker]:
+    """Resolve the setting `worker_class`: a class, a short name, or `MODULE:NAME`."""
+    found = wanted
+    if isinstance(wanted, str):
+        module, colon, name = CLASSES.get(wanted, wanted).partition(":")
+        if not colon:
+            known = ", ".join(sorted(CLASSES))
+            raise OptionError(f"worker_class: there is no {wanted!r}; use {known}, or MODULE:NAME")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise OptionError(f"worker_class: {wanted!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Worker)):
+        raise OptionError(f"worker_class: {wanted!r} is no subclass of prefork.Worker")
+    return found
+
+
+# -- the pool behind one server, or several --------------------------------------------------------
+
+
+def service_of(server: Any) -> "Service":
+    """The server's pool, made on first use: a mix-in cannot count on its `__init__` being called."""
+    pool: Service = vars(server).setdefault("_pool", Service())
+    return pool
+
+
+class Hooks:
+    """What the master calls in the program: the first server's methods."""
+
+    def __init__(self, servers: Sequence[Any]) -> None:
+        self._servers = servers
+        self.ticks = any(
+            type(s).service_actions is not socketserver.BaseServer.service_actions or "service_actions" in vars(s)
+            for s in servers
+        )
+
+    def service_actions(self) -> None:
+        for server in self._servers:
+            server.service_actions()
+
+    def worker_exited(self, report: WorkerExit) -> None:
+        for server in self._servers:
+            if hook := getattr(server, "worker_exited", None):
+                hook(report)
+
+
+class Service:
+    """Joins servers with a master, while there is one, and keeps socketserver's rules about `shutdown()`."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._stop_requested = False
+        self._master: master.Master | None = None
+        self._detached: master.Master | None = None  # whose drain is seen through by a thread of its own
+        self._thread = 0
+        self._singles: list[crew.Hand] = []
+        self._patience = 0.0  # of the last one, in seconds
+        self._board: scoreboard.Scoreboard | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def pids(self) -> set[int]:
+        running = self._master
+        return (running.pids if running else set()) | {hand.child.pid for hand in self._singles}
+
+    def ask(self, what: Callable[[master.Master], None]) -> None:
+        """Order something of the master, if there is one."""
+        with self._lock:
+            if self._master is not None:
+                what(self._master)
+
+    def stop(self, *, detach: bool = False) -> None:
+        with self._lock:
+            self._stop_requested = True
+            if self._master is not None:
+                self._master.stop(detach=detach and self._master is not self._detached)
+
+    def take_request(self) -> bool:
+        """Whether a shutdown was asked for before the loop began."""
+        asked, self._stop_requested = self._stop_requested, False
+        return asked
+
+    def serve(self, servers: Sequence[Any], options: Options, poll_interval: float, *, stop_at_once: bool) -> None:
+        self.stopped.clear()
+        self._thread = threading.get_ident()
+        handler: stderr.Handler | None = None
+        try:
+            if stop_at_once:
+                return
+            if not log.hasHandlers():
+                # logging's own last resort writes to stderr and may block for ever there.
+                handler = stderr.Handler(stderr.Writer())
+                handler.setLevel(logging.WARNING)
+                log.addHandler(handler)
+            self._serve(servers, options, poll_interval)
+        finally:
+            if handler is not None:
+                log.removeHandler(handler)
+                handler.writer.close()
+            self._stop_requested = False
+            self.stopped.set()
+
+    def _serve(self, servers: Sequence[Any], options: Options, poll_interval: float) -> None:
+        kind = worker_class(options.worker_class)
+        sockets = []
+        for server in servers:
+            one = listeners.Listener(renewed(server), held=getattr(server, "_held", False))
+            # Alone, a listener is waited on by accept() itself; one of several must never block the others.
+            one.open(blocking=len(servers) == 1)
+            sockets.append(one)
+            log.info("listening on %s", listeners.describe(server.socket))
+
+        def start(seat: Seat, unblock: Callable[[], None]) -> int:
+            return base.main(seat, lambda seat: seated(kind, servers, seat), unblock)
+
+        hooks = Hooks(servers)
+        title = " ".join(listeners.describe(server.socket) for server in servers)
+        running = master.Master(sockets, options, start, hooks, title=title)
+        with self._lock:
+            self._master = running
+            if self._stop_requested:
+                running.stop()
+        try:
+            running.run(poll_interval if hooks.ticks else None)
+        except BaseException:
+            # Not ours to handle, but nobody may be left behind by it.
+            running.stop(Stop.KILL)
+            running.run()
+            raise
+        finally:
+            for server, one in zip(servers, sockets, strict=True):
+                server._spent, server._held = one.spent, one.held
+            if running.pids:
+                with self._lock:
+                    self._detached = running
+                    running.stop()  # takes back an order to return early that came after the first
+                # A thread sees the drain through. It is no daemon: the interpreter ends after it.
+                threading.Thread(target=self._finish, args=(running,), name="prefork-drain").start()
+            else:
+                self._finish(running)
+
+    def _finish(self, running: master.Master) -> None:
+        if running.pids:
+            running.run()
+        with self._lock:
+            if self._master is running:
+                self._master = None
+        running.close()
+        log.info("stopped")
+
+    def close(self, block: bool) -> None:
+        """See to it that no worker is left, or will be."""
+        self.stop(detach=not block)
+        if block and self._master is not None and self._thread != threading.get_ident():
+            self.stopped.wait()
+        if self._singles and block:
+            self._drain_singles()
+        elif self._singles:
+            threading.Thread(target=self._drain_singles, name="prefork-drain").start()
+
+    # -- one worker for one request --------------------------------------------------------------------------------
+
+    def serve_single(self, server: Any, options: Options, request: Any, peer: Any) -> None:
+        if self._board is None:
+            self._board = scoreboard.Scoreboard()
+        self._patience = options.graceful_timeout
+        while len(self._singles) >= options.workers:
+            _wait(self._singles, None)
+            self.reap_singles()
+        used = {hand.slot for hand in self._singles}
+        slot = next(n for n in range(options.workers) if n not in used)
+
+        def start(seat: Seat, unblock: Callable[[], None]) -> int:
+            return base.main(seat, lambda seat: _single(server, seat, request, peer), unblock)
+
+        try:
+            hand = crew.launch(self._board, slot, 0, options, listeners.describe(server.socket), start)
+        except OSError as error:
+            log.error("cannot start a worker: %s", error.strerror or error)
+            server.handle_error(request, peer)
+        else:
+            self._singles.append(hand)
+        finally:
+            server.close_request(request)
+
+    def _drain_singles(self) -> None:
+        """Wait for those that still serve; whoever does at the end of `graceful_timeout` is killed."""
+        end: float | None = time.monotonic() + self._patience
+        while self._singles:
+            _wait(self._singles, None if end is None else max(0.0, end - time.monotonic()))
+            if end is not None and time.monotonic() >= end:
+                end = None
+                for hand in self._singles:
+                    hand.child.send(signal.SIGKILL)
+            self.reap_singles()
+
+    def reap_singles(self) -> None:
+        for hand in list(self._singles):
+            ended = hand.child.reap()
+            if ended is None or self._board is None:
+                continue
+            hand.link.read()
+            status, memory = ended
+            reason = Reason.STOPPED if status == 0 else Reason.EXITED
+            report = crew.report_of(hand, self._board, reason, status, memory)
+            if status:
+                crew.log_exit(report)
+            self._singles.remove(hand)
+            hand.release()
+
+
+def _wait(hands: Sequence[crew.Hand], timeout: float | None) -> None:
+    """Until one of the workers has closed its uplink, as each does at the latest when it ends."""
+    if hands:
+        poll = select.poll()
+        for hand in hands:
+            poll.register(hand.child.pidfd if hand.child.pidfd is not None else hand.link.fd, select.POLLIN)
+        poll.poll(None if timeout is None else timeout * 1000)
+
+
+def renewed(server: Any) -> socket.socket:
+    """The server's listener. A Unix socket that a former stop has shut down for good is bound anew on the same path."""
+    if getattr(server, "_spent", False):
+        server._spent = False
+        server.socket.close()
+        server._unclaim()
+        server.socket = socket.socket(server.address_family, server.socket_type)
+        server.server_bind()
+        server.server_activate()
+    found: socket.socket = server.socket
+    return found
+
+
+def seated(kind: type[Worker], servers: Sequence[Any], seat: Seat) -> Worker:
+    """In the child: a worker around its own copy of the servers."""
+    worker = kind(servers, seat)
+    for server in servers:
+        server._worker, server._pool = worker, None
+    return worker
+
+
+class _Single(SyncWorker):
+    """Serves the one request that it was forked with."""
+
+    request: tuple[Any, Any]
+
+    def run(self) -> None:
+        server: Any = self.server
+        if server.socket_type == socket.SOCK_STREAM:
+            server.socket.close()
+        self.serve_single(server, *self.request)
+
+    def drain(self) -> None:
+        """It leaves when the request is done, as it would have anyway."""
+
+
+def _single(server: Any, seat: Seat, request: Any, peer: Any) -> Worker:
+    worker = seated(_Single, [server], seat)
+    assert isinstance(worker, _Single)
+    worker.request = request, peer
+    return worker
