@@ -1,0 +1,114 @@
+"""Fixtures of the integration tests: programs and loads that are checked, shown on failure, and never left behind."""
+
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from support import Ledger, Load, Program
+
+STARTED = pytest.StashKey[list[Program]]()
+FAILED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "soak: long; run by `make soak` (-m soak), left out otherwise")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without -m, a soak test is deselected."""
+    if config.option.markexpr:
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    if soak:
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows the log of each program it started, and keeps their directories."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+        for program in item.stash.get(STARTED, []):
+            if not program.finished:
+                report.sections.append((f"server {program.name}", program.autopsy()))
+    return report
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., Program]]:
+    """`start(program, *arguments, **options)`: a `Program`; what the test does not finish is finished after it."""
+    started: list[Program] = []
+    request.node.stash[STARTED] = started
+
+    def begin(*argv: object, **options: Any) -> Program:
+        program = Program(*argv, **options)
+        started.append(program)
+        return program
+
+    try:
+        yield begin
+        if not request.node.stash.get(FAILED, False):
+            for program in started:
+                if not program.finished:
+                    program.finish()
+    finally:
+        for program in started:
+            program.kill()
+    if not request.node.stash.get(FAILED, False):
+        for program in started:
+            program.forget()
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., Load]]:
+    """`load(address, clients=16, ...)`: a `Load` that runs; stopped at the end of the test if it was not."""
+    begun: list[Load] = []
+
+    def begin(*arguments: Any, **options: Any) -> Load:
+        one = Load(*arguments, **options)
+        begun.append(one)
+        return one
+
+    try:
+        yield begin
+    finally:
+        for one in begun:
+            one.close()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """The book of the servers that this test starts."""
+    path = tmp_path / "ledger"
+    monkeypatch.setenv("PREFORK_LEDGER", str(path))
+    return Ledger(path)
+
+
+@pytest.fixture
+def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Writing `raise`, `hang`, ... to this file is what happens to each worker that boots while it exists."""
+    path = tmp_path / "trouble"
+    monkeypatch.setenv("PREFORK_TROUBLE", str(path))
+    return path
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """What the processes noted, by its first word."""
+    path = tmp_path / "notes"
+    monkeypatch.setenv("PREFORK_NOTES", str(path))
+
+    def read(word: str) -> list[str]:
+        rows = path.read_text().splitlines() if path.exists() else []
+        return [row.partition(" ")[2] for row in rows if row.split(" ")[0] == word]
+
+    return read
