@@ -104,6 +104,8 @@ def report_of(hand: Hand, board: Scoreboard, reason: Reason, status: int | None,
     )
 
 
-def log_exit(report: WorkerExit) -> None:
+def log_exit(report: WorkerExit, *, known: str = "") -> None:
+    """One line, and what the worker said last unless that is `known` from the one before: a crash loop says it once."""
+    said = "" if not report.detail else ", as before" if report.detail == known else f"\n{report.detail}"
     level = logging.INFO if report.reason.ordered else logging.ERROR
-    log.log(level, "%s%s", report, f"\n{report.detail}" if report.detail else "")
+    log.log(level, "%s%s", report, said)

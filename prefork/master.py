@@ -398,9 +398,11 @@ class Master:
             self._queue_until = 0.0  # it left because it found the queue empty
         report = report_of(hand, self.board, reason, status, memory)
         self._forget(hand)
-        if reason is Reason.BOOT_FAILED or reason is Reason.BOOT_TIMEOUT:
+        if reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
+            log_exit(report, known=self._last_words)
             self._last_words = report.detail or str(report)
-        log_exit(report)
+        else:
+            log_exit(report)
         with _logged("worker_exited"):
             self.hooks.worker_exited(report)
         return True

@@ -1,10 +1,8 @@
 """A child that runs one function of the program and hands its answer, and descriptors, up.
 
 The answer is JSON behind its length, so that its end is known even while something that the program started still
-holds the
-socket. It is collected piece by piece and never waited for. The child dies with the master (it has a lifeline) and
-at the
-end of its time.
+holds the socket. It is collected piece by piece and never waited for. The child dies with the master (it has a
+lifeline) and at the end of its time.
 """
 
 import array
@@ -107,11 +105,12 @@ class Scout:
         """
         self.kill()
         if self._complete():
+            answer: dict[str, Any] = {"error": "program", "text": "its answer cannot be read"}
             with contextlib.suppress(ValueError):
                 answer = json.loads(self._data[4:])
-                if "error" not in answer:
-                    return answer, self._fds
-                raise _error(answer)
+            if "error" not in answer:
+                return answer, self._fds
+            raise _error(answer)  # an OptionError is a ValueError: nothing here may suppress those
         if self._closed:
             raise ProgramError("its import ended the process")
         raise ProgramError(f"it was not imported within {self.timeout:g} s (boot_timeout)")

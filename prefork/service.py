@@ -205,8 +205,9 @@ class Service:
             running.run(poll_interval if hooks.ticks else None)
         except BaseException:
             # Not ours to handle, but nobody may be left behind by it.
-            running.stop(Stop.KILL)
-            running.run()
+            if running.pids:
+                running.stop(Stop.KILL)
+                running.run()
             raise
         finally:
             for server, one in zip(servers, sockets, strict=True):
