@@ -67,7 +67,7 @@ pytest: $(BUILD)/wheel
 	$(BIN)/pytest $(ARGS)
 
 soak: $(BUILD)/wheel
-	$(BIN)/pytest -m soak tests/soak $(ARGS)
+	$(BIN)/pytest -m soak $(ARGS)
 
 T ?= tests
 N ?= 50
