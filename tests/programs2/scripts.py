@@ -1,0 +1,56 @@
+"""Starts the small programs that are written beside their tests; see `kit` for what they share."""
+
+import os
+import textwrap
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from support import PROGRAMS, Address, Program, dial, until
+
+Start = Callable[..., Program]
+Notes = Callable[[str], list[str]]
+
+HERE = Path(__file__).resolve().parent
+TCP = '("127.0.0.1", 0)'
+
+
+def path_of_modules() -> dict[str, str]:
+    """The environment in which a program finds `kit` and `work`."""
+    parts = [str(PROGRAMS), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(parts)}
+
+
+def launch(start: Start, body: str, *arguments: object, env: dict[str, str] | None = None, **options: Any) -> Program:
+    """Run a program whose text is `body`."""
+    text = "from kit import *\n\n" + textwrap.dedent(body)
+    files = {"app.py": text, **options.pop("files", {})}
+    return start("{work}/app.py", *arguments, files=files, env={**path_of_modules(), **(env or {})}, **options)
+
+
+def noted(notes: Notes, word: str, number: int = 1, timeout: float = 10.0) -> list[str]:
+    """The notes that begin with a word, once there are so many of them."""
+
+    def enough() -> list[str] | None:
+        found = notes(word)
+        return found if len(found) >= number else None
+
+    found = until(enough, timeout, f"{number} notes of {word!r}")
+    assert found is not None
+    return found
+
+
+def hold(address: Address, stack: ExitStack, order: str, identity: str = "held", timeout: float = 20.0) -> Any:
+    """A connected client whose request was sent."""
+    sock = stack.enter_context(dial(address, timeout))
+    sock.sendall(f"{identity} {order}".strip().encode() + b"\n")
+    return sock
+
+
+def rest(sock: Any) -> bytes:
+    """All that comes until the end of the stream."""
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
