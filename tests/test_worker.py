@@ -576,3 +576,45 @@ def test_worker_whose_uplink_is_gone(start: Start) -> None:
     assert ask(program.address, "uplink").pid == worker
     assert program.stop().seconds < 5
     program.finish()
+
+
+@pytest.mark.parametrize(
+    ("kind", "handler", "address"),
+    [
+        ("TCPServer", "Handler", '("127.0.0.1", 0)'),
+        ("UDPServer", "Datagrams", '("127.0.0.1", 0)'),
+        ("UnixStreamServer", "Handler", 'str(RUN / "s")'),
+        ("UnixDatagramServer", "Datagrams", 'str(RUN / "s")'),
+    ],
+)
+@pytest.mark.parametrize("timeout", [None, 20.0])
+def test_stop_between_ready_and_the_loop(
+    start: Start, kind: str, handler: str, address: str, timeout: float | None
+) -> None:
+    """A worker told to stop when it is ready, but not yet in its loop, leaves at once and holds nobody else up."""
+    program = launch(
+        start,
+        f"""
+        socket.setdefaulttimeout({timeout})
+
+        class Slow(prefork.SyncWorker):
+            def run(self):
+                if self.slot == 0:
+                    pass_gate("run")
+                super().run()
+
+        class Pool(prefork.Prefork{kind}):
+            workers = 3
+            worker_class = Slow
+
+        with Pool({address}, {handler}) as server:
+            server.serve_forever()
+        """,
+    ).ready()
+    program.wait_ready(3)
+    program.send(signal.SIGTERM)
+    program.wait_for(patterns.STOPPING)
+    program.wait_children(1)
+    program.write("run", "")
+    assert program.wait_exit(5).code == 0
+    program.finish()

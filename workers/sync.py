@@ -341,7 +341,9 @@ def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
     """Receiving and answering need a descriptor each: leaving replaces the one that is received from, while a handler
     may be about to answer."""
     listener = server.socket
-    answers = listener.dup()
+    # Not `listener.dup()`: that sets the timeout anew, and with it undoes the O_NONBLOCK of a stop, for every worker.
+    answers = socket.socket(listener.family, listener.type, listener.proto)
+    os.dup2(listener.fileno(), answers.fileno(), inheritable=False)
     local = listener.family == socket.AF_UNIX
     if _stock(server):
         server.socket = answers
