@@ -281,17 +281,22 @@ def test_reloads_coalesce() -> None:
     bench.look(1.0)
     bench.boot(bench.pid)
     assert bench.look() == [Retire(1)]
+    assert bench.news() == []  # the old worker may still accept
+    bench.pool.understood(1, bench.now)
+    bench.look()
     assert bench.news() == [(News.RELOAD_SERVES, 3)]
 
 
 def test_a_reload_that_follows_begins_in_the_same_look() -> None:
-    """When one reload is through, the next one's first worker is ordered at once, not at the next event."""
+    """When the last old worker has understood, the next reload begins at once, not at a later event."""
     bench = Bench(1, max_surge=2)
     bench.pool.reload()
     bench.pool.reload()
     bench.look()
     bench.boot(2)
-    assert bench.look() == [Retire(1), Spawn(2, 3)] and bench.look() == []
+    assert bench.look() == [Retire(1)]
+    bench.pool.understood(1, bench.now)
+    assert bench.look() == [Spawn(2, 3)] and bench.look() == []
 
 
 def test_losses_while_a_generation_is_unproven() -> None:
@@ -344,6 +349,8 @@ def test_reload_while_workers_wear_out() -> None:
     bench.look()
     bench.boot(2)
     bench.pool.wear_out(2)
+    bench.look()
+    bench.pool.understood(1, bench.now)
     bench.look()
     assert bench.news()[-1] == (News.RELOAD_SERVES, 2)
 
