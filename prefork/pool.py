@@ -120,7 +120,7 @@ class Pool:
     LAST_GAP = 0.5
     UNHEARD = 0.3  # a worker that must leave at once and does not even say so is killed
     TEARDOWN = 2.0  # one that said so may use this long for its teardown
-    DUMP = 0.1  # between the order to show its stacks and SIGKILL
+    DUMP = 0.5  # between the order to show its stacks, of which it dies, and SIGKILL for one that is stopped
 
     def __init__(self, options: Options, rng: random.Random) -> None:
         self.options = options

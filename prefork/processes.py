@@ -23,9 +23,7 @@ import signal
 import stat
 import sys
 import threading
-import time
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
@@ -158,7 +156,6 @@ def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> i
     OSError
         EAGAIN or ENOMEM, where the system refuses.
     """
-    _await_subprocesses()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     thaw = freeze and gc.get_freeze_count() == 0
     collecting = gc.isenabled()
@@ -184,31 +181,6 @@ def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> i
             gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
-
-
-def _await_subprocesses() -> None:
-    """Let other threads finish what they are in the middle of: starting a `subprocess`.
-
-    Between making a pipe and the exec that closes it, such a thread would give a copy of the pipe to our child too,
-    which keeps it for life; the thread then waits for ever for the end-of-file that says that its exec went well.
-    """
-    me = threading.get_ident()
-    for _ in range(100):
-        if threading.active_count() == 1 or not any(
-            _starts_subprocess(frame) for ident, frame in sys._current_frames().items() if ident != me
-        ):
-            return
-        time.sleep(0.001)
-
-
-def _starts_subprocess(frame: types.FrameType | None) -> bool:
-    for _ in range(3):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == "_execute_child":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals | int]) -> None:

@@ -55,7 +55,7 @@ class PreforkMixIn(Settings):
 
     _pool: "Service | None" = None
     _claim: listeners.Claim | None = None
-    _worker: Worker | None = None
+    worker: Worker | None = None  # in a worker: itself, for `self.server.worker.extend_deadline()` in a handler
     _spent = False  # the listener was shut down for good by a stop (Unix), and is to be bound anew
     _held = False  # it still has a stop's filter
 
@@ -113,8 +113,8 @@ class PreforkMixIn(Settings):
 
         In a worker it asks the master to stop the pool, and returns at once.
         """
-        if self._worker is not None:
-            self._worker._uplink.say(lifeline.STOP)
+        if self.worker is not None:
+            self.worker._uplink.say(lifeline.STOP)
             return
         pool = service_of(self)
         pool.stop(detach=not self.block_on_close)
@@ -143,9 +143,9 @@ class PreforkMixIn(Settings):
     def server_close(self) -> None:
         """Close the listener. Workers that are still there are drained: with `block_on_close` until they are gone (at
         most `graceful_timeout`, then they are killed), else in the background."""
-        if self._worker is None and self._pool is not None:
+        if self.worker is None and self._pool is not None:
             self._pool.close(self.block_on_close)
-        if self._claim is not None and self._worker is None:
+        if self._claim is not None and self.worker is None:
             self._unclaim()
         super().server_close()  # type: ignore[misc]
 

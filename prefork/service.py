@@ -317,7 +317,7 @@ def seated(kind: type[Worker], servers: Sequence[Any], seat: Seat) -> Worker:
     """In the child: a worker around its own copy of the servers."""
     worker = kind(servers, seat)
     for server in servers:
-        server._worker, server._pool = worker, None
+        server.worker, server._pool = worker, None
     return worker
 
 

@@ -111,7 +111,7 @@ def test_a_first_generation_that_hangs_is_over_after_one_boot_timeout() -> None:
     bench = Bench(2, ready=False, boot_timeout=5.0)
     bench.look()
     assert bench.look(5.0) == [Abort(1), Abort(2)]
-    assert bench.look(0.1) == [Kill(1), Kill(2)]
+    assert bench.look(Pool.DUMP) == [Kill(1), Kill(2)]
     bench.exit(1, 2)
     assert bench.pool.boot_failed
 
@@ -264,7 +264,7 @@ def test_failed_reload(hangs: bool) -> None:
     bench.pool.reload()
     bench.look()
     if hangs:
-        assert bench.look(5.0) == [Abort(3)] and bench.look(0.1) == [Kill(3)]
+        assert bench.look(5.0) == [Abort(3)] and bench.look(Pool.DUMP) == [Kill(3)]
     bench.exit(3, crashed=not hangs)
     assert bench.look(60.0) == [] and bench.ready == [1, 2] and bench.pool.goal == 1
     assert bench.news() == [(News.RELOAD_BEGINS, 2), (News.RELOAD_FAILED, 2)]
@@ -402,7 +402,7 @@ def test_graceful_timeout(heard: bool) -> None:
     if heard:
         bench.pool.understood(2, bench.now)
     assert bench.look(4.999) == ([] if heard else [Retire(2)])
-    assert bench.look(0.001) == [Abort(2)] and bench.look(0.1) == [Kill(2)] and bench.look(60.0) == []
+    assert bench.look(0.001) == [Abort(2)] and bench.look(Pool.DUMP) == [Kill(2)] and bench.look(60.0) == []
     assert bench.exit(2).reason is Reason.GRACEFUL_TIMEOUT
 
 
@@ -420,7 +420,7 @@ def test_condemned() -> None:
     bench.pool.understood(1, bench.now)
     assert bench.look() == [Abort(1), Spawn(1, 1)]
     bench.pool.condemn(1, Reason.REQUEST_TIMEOUT, bench.now)
-    assert bench.look(0.1) == [Kill(1)] and bench.exit(1).reason is Reason.REQUEST_TIMEOUT
+    assert bench.look(Pool.DUMP) == [Kill(1)] and bench.exit(1).reason is Reason.REQUEST_TIMEOUT
 
 
 def test_condemned_while_it_leaves() -> None:

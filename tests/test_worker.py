@@ -532,7 +532,7 @@ CLOSES = """
             if order == "everything":
                 os.closerange(3, 1000)
             elif order == "uplink":
-                os.close(self.server._worker._uplink.fd)
+                os.close(self.server.worker._uplink.fd)
             elif order == "listener":
                 self.server.socket.close()
             return "done"

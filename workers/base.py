@@ -298,7 +298,6 @@ def main(seat: Seat, build: Callable[[Seat], Worker], unblock: Callable[[], None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     set_title(f"{seat.title} starting")
     unblock()
-    worker: Worker | None = None
     try:
         worker = build(seat)
         signal.signal(signal.SIGTERM, worker._on_term)
@@ -309,10 +308,7 @@ def main(seat: Seat, build: Callable[[Seat], Worker], unblock: Callable[[], None
     except SystemExit as left:
         return exit_code(left)
     except BaseException:
-        text = traceback.format_exc()
-        uplink.tell(text)
-        if worker is not None and worker._ready:
-            sys.stderr.write(text)
+        uplink.tell(traceback.format_exc())  # the master puts it into the report, and the log
         return 1
 
 
