@@ -55,6 +55,8 @@ def _plain(error: Exception) -> str:
 
 
 def _serve(given: argparse.Namespace) -> int:
+    for one in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(one, signal.SIG_IGN)  # until there is a pool to which they mean something
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # free for the program, in the workers; nothing to the master
     flags = {one.name: getattr(given, one.name) for one in declared() if getattr(given, one.name, None) is not None}
     options = Options(flags)

@@ -77,7 +77,7 @@ def launch(
 
     try:
         pid = processes.fork(main)
-    except OSError:
+    except BaseException:
         processes.close(ends.of_master())
         raise
     finally:

@@ -77,7 +77,12 @@ class Listener:
     """What the master does with one listening socket of a server. It never accepts from it."""
 
     def __init__(self, sock: socket.socket, *, held: bool = False) -> None:
-        self.socket = sock
+        self._servers = sock
+        # A descriptor of the master's own: the program may close its server while the pool still drains.
+        with processes.undivided():
+            self.socket = socket.socket(sock.family, sock.type, sock.proto)
+            os.dup2(sock.fileno(), self.socket.fileno(), inheritable=False)
+            processes.private([self.socket.fileno()])
         self.stream = sock.type == socket.SOCK_STREAM
         self.unix = sock.family == socket.AF_UNIX
         self.spent = False  # shut down for good: to serve again it must be bound anew
@@ -89,7 +94,13 @@ class Listener:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
             self.held = False
-        self.socket.setblocking(blocking)
+        self._servers.setblocking(blocking)
+
+    def close(self) -> None:
+        """Give the master's own descriptor back."""
+        if self.socket.fileno() >= 0:
+            processes.forget([self.socket.fileno()])
+            self.socket.close()
 
     def hold(self) -> None:
         """Keep new clients out; those in the queue stay."""

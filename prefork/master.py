@@ -197,6 +197,8 @@ class Master:
         if self._check is not None:
             self._check.result()
             self._check = None
+        for one in self.listeners:
+            one.close()
         self._inbox.close()
 
     def _over(self) -> bool:
@@ -443,6 +445,9 @@ class Master:
                 log.error("cannot start worker %d: %s; trying again later", order.slot, error.strerror or error)
             self.pool.spawn_failed(time.monotonic())
             return
+        except Exception:
+            self.pool.spawn_failed(time.monotonic())
+            raise
         pid = hand.child.pid
         self._hands[pid] = hand
         self.pool.spawned(order, pid, hand.born)

@@ -262,6 +262,9 @@ class Pool:
         if member.reason is None:
             member.reason = Reason.BOOT_FAILED if fresh else Reason.EXITED
         # A worker that dies right after it was ready, having served nobody, is a crash loop as much as a failed boot.
+        if member.reason is Reason.LEFT and member.ready_at is None:
+            # Told to leave while it booted, by somebody or by itself at every boot: back-off, but no failed reload.
+            self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)
         young = member.ready_at is not None and now - member.ready_at < policy.HEALTHY and not served and crashed
         if fresh or (young and not asked):
             self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)

@@ -206,7 +206,7 @@ def flush() -> None:
             poll.register(stream.fileno(), select.POLLOUT)
             if poll.poll(0):
                 stream.flush()
-        except (OSError, ValueError, AttributeError):
+        except Exception:  # whatever a program has put there
             continue
 
 

@@ -281,12 +281,12 @@ class Program:
     # -- in the scout ----------------------------------------------------------------------------------------------
 
     def _bind(self) -> tuple[dict[str, Any], list[int]]:
-        asked: list[object] = []
+        asked: dict[int, object] = {}
         begun: list[Any] = []
         bind = socketserver.TCPServer.server_bind
 
         def server_bind(self: Any) -> None:
-            asked.append(_plain(self.server_address))
+            asked[id(self)] = _plain(self.server_address)
             begun.append(self)
             bind(self)
 
@@ -295,12 +295,18 @@ class Program:
             servers = build(self.target, self.binds)
             service.check(servers)
             self._kind(servers)
+            # In the order in which they were bound, which is the order in which a worker will ask for them.
+            bound = [one for one in begun if any(one is other for other in servers)]
+            if len(bound) != len(begun):
+                raise ProgramError(f"{self.target} binds a server that it does not return; no worker could have it")
+            if len(bound) != len(servers):
+                raise ProgramError(f"{self.target} returned a server that is not bound")
         except BaseException:
             for one in begun:  # or the path of a first address would outlive the failure of a second
                 with contextlib.suppress(Exception):
                     one.server_close()
             raise
-        claims = [one._claim.hand_over() for one in servers if getattr(one, "_claim", None) is not None]
+        claims = [one._claim.hand_over() for one in bound if getattr(one, "_claim", None) is not None]
         settings = {
             one.name: value
             for one in declared()
@@ -311,8 +317,12 @@ class Program:
         }
         Options(settings)
         # Their servers end with this function; the descriptors outlive them.
-        fds = [one.socket.detach() for one in servers] + [lock for _, _, lock in claims]
-        answer = {"settings": settings, "asked": asked, "claims": [[path, file] for path, file, _ in claims]}
+        fds = [one.socket.detach() for one in bound] + [lock for _, _, lock in claims]
+        answer = {
+            "settings": settings,
+            "asked": [asked[id(one)] for one in bound],
+            "claims": [[path, file] for path, file, _ in claims],
+        }
         return answer, fds
 
     def _try(self) -> tuple[dict[str, Any], list[int]]:

@@ -44,6 +44,11 @@ class Slot:
         self.peer = view[PEER * 8 :]
         self._header = header.cast("Q")
 
+    @classmethod
+    def detached(cls) -> "Slot":
+        """A slot that nobody reads."""
+        return cls(memoryview(bytearray(SIZE)), memoryview(bytearray(SIZE)))
+
     def set_phase(self, phase: Phase) -> None:
         self.ints[PHASE] = phase
 

@@ -158,7 +158,9 @@ class PreforkMixIn(Settings):
         options = check([self])
         pool.reap_singles()
         if self._spent or self._held:
-            listeners.Listener(renewed(self), held=self._held).open(blocking=True)
+            listener = listeners.Listener(renewed(self), held=self._held)
+            listener.open(blocking=True)
+            listener.close()
             self._held = False
         timeout = self.socket.gettimeout()
         if timeout is None:

@@ -21,7 +21,7 @@ import prefork.master as master
 import prefork.scoreboard as scoreboard
 import prefork.stderr as stderr
 import prefork.workers.base as base
-from prefork.errors import OptionError
+from prefork.errors import OptionError, PreforkError
 from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
 from prefork.states import Stop
@@ -38,6 +38,8 @@ def check(servers: Sequence[Any]) -> Options:
     if not servers:
         raise OptionError("serve() needs at least one server")
     for server in servers:
+        if isinstance(server, socketserver.ForkingMixIn):
+            raise OptionError(f"{type(server).__name__} has ForkingMixIn, which would reap the workers; leave it out")
         handler = getattr(server, "RequestHandlerClass", None)
         check_handler(handler, server.socket_type)
         if server.fileno() < 0:
@@ -101,6 +103,8 @@ def worker_class(wanted: object) -> type[Worker]:
 
 def service_of(server: Any) -> "Service":
     """The server's pool, made on first use: a mix-in cannot count on its `__init__` being called."""
+    if getattr(server, "worker", None) is not None:
+        raise PreforkError("this is for the master; a worker can only ask to stop, by shutdown()")
     pool: Service = vars(server).setdefault("_pool", Service())
     return pool
 
@@ -183,9 +187,10 @@ class Service:
 
     def _serve(self, servers: Sequence[Any], options: Options, poll_interval: float) -> None:
         kind = worker_class(options.worker_class)
+        fresh = [renewed(server) for server in servers]
         sockets = []
-        for server in servers:
-            one = listeners.Listener(renewed(server), held=getattr(server, "_held", False))
+        for server, sock in zip(servers, fresh, strict=True):
+            one = listeners.Listener(sock, held=getattr(server, "_held", False))
             # Alone, a listener is waited on by accept() itself; one of several must never block the others.
             one.open(blocking=len(servers) == 1)
             sockets.append(one)
@@ -296,7 +301,10 @@ def _wait(hands: Sequence[crew.Hand], timeout: float | None) -> None:
     if hands:
         poll = select.poll()
         for hand in hands:
-            poll.register(hand.child.pidfd if hand.child.pidfd is not None else hand.link.fd, select.POLLIN)
+            if hand.child.pidfd is not None:
+                poll.register(hand.child.pidfd, select.POLLIN)
+            else:
+                poll.register(hand.link.fd, 0)  # its end only; what it said is not read here
         poll.poll(None if timeout is None else timeout * 1000)
 
 

@@ -130,6 +130,8 @@ class Worker:
         try:
             yield
         finally:
+            # No RequestTimeout from here on; `_leave` publishes again what other threads have in hand.
+            self._board.floats[scoreboard.DEADLINE] = 0.0
             self._leave(ticket)
 
     def extend_deadline(self, seconds: float) -> None:
@@ -173,6 +175,7 @@ class Worker:
         with self._changed:
             one = self._open.pop(ticket, None)
             if one is None:
+                self._publish()
                 return
             ints, floats = self._board.ints, self._board.floats
             count = ints[scoreboard.REQUESTS] = ints[scoreboard.REQUESTS] + 1
@@ -256,6 +259,16 @@ class Worker:
         floats[scoreboard.INTERRUPTED] = deadline
         raise RequestTimeout(f"the request took longer than {self.options.request_timeout:g} s")
 
+    def _disown(self) -> None:
+        """In a child that the program forks from a worker: it is no worker, and must not speak or write as one."""
+        for one in (signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, INTERRUPT):
+            signal.signal(one, signal.SIG_DFL)
+        self._board = scoreboard.Slot.detached()
+        with contextlib.suppress(OSError):
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(null, self._uplink.fd, inheritable=False)
+            os.close(null)
+
     def _on_reopen(self, signum: int, frame: types.FrameType | None) -> None:
         reopen_logs()
 
@@ -266,6 +279,7 @@ class Worker:
         self.setup()
         if self.draining:
             return 0
+        os.register_at_fork(after_in_child=self._disown)
         self._ready = True
         self._board.set_phase(Phase.SERVING)
         self._uplink.say(lifeline.READY)
@@ -285,6 +299,11 @@ class Worker:
 def main(seat: Seat, build: Callable[[Seat], Worker], unblock: Callable[[], None]) -> int:
     """The child's whole life, given to `processes.fork`. Returns its exit code."""
     uplink = lifeline.Uplink(seat.uplink_write)
+
+    def leave(signum: int, frame: types.FrameType | None) -> None:
+        uplink.say(lifeline.LEAVES)
+        os._exit(0)
+
     lifeline.arm(seat.lifeline_read)
     stderr.replace()
     # The stacks of a hang (ABRT) or a crash (SIGSEGV and its like) go into the report of this worker's death.
@@ -294,7 +313,7 @@ def main(seat: Seat, build: Callable[[Seat], Worker], unblock: Callable[[], None
         # on top of the other, and six pending signals overflow it.
         signal.signal(one, signal.SIG_IGN)
     for one in (signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(one, lambda *_: os._exit(0))  # until there is a worker to ask
+        signal.signal(one, leave)  # until there is a worker to ask
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     set_title(f"{seat.title} starting")
     unblock()

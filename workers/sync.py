@@ -57,15 +57,17 @@ class SyncWorker(Worker):
         takes = [_taker(server, self._board) for server in self.servers]
         # From here on `drain()` can replace a listener.
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        followed: list[socketserver.BaseServer] = []
         for server in self.servers:
-            if _threaded(server):
-                self._follow_threads(server)
+            if (secure := _defer_handshake(server)) or _hands_over(server):
+                self._follow(server, secure)
+                followed.append(server)
         if self.draining:  # told to leave between ready and here
             self.drain()
         if len(self.servers) > 1:
             self._serve_several(takes)
-        elif _threaded(self.server):
-            self._serve_threads(self.server, *takes)
+        elif followed:
+            self._serve_followed(self.server, *takes)
         else:
             self._serve_one(self.server, *takes)
         self._finish()
@@ -133,7 +135,7 @@ class SyncWorker(Worker):
             if count >= limit:
                 self._look(count, end)
 
-    def _serve_threads(self, server: socketserver.BaseServer, take: Take) -> None:
+    def _serve_followed(self, server: socketserver.BaseServer, take: Take) -> None:
         while True:
             try:
                 request, peer = take()
@@ -176,29 +178,39 @@ class SyncWorker(Worker):
 
     # -- threads behind the chain ----------------------------------------------------------------------------------
 
-    def _follow_threads(self, server: Any) -> None:
-        """Have the server's threads say when they are done with their request."""
-        inner = server.process_request_thread
+    def _follow(self, server: Any, secure: bool) -> None:
+        """Have requests that the chain hands to another thread say when they are done: when they are shut down.
 
-        def process_request_thread(request: Any, client_address: Any) -> None:
+        With `secure` the handshake comes first; a client that fails in it is dropped, as an accept would have done.
+        """
+        finish, shutdown = server.finish_request, server.shutdown_request
+
+        def finish_request(request: Any, client_address: Any) -> None:
             self._adopt(id(request))
+            if secure:
+                try:
+                    request.do_handshake()
+                except OSError:
+                    return
+            finish(request, client_address)
+
+        def shutdown_request(request: Any) -> None:
             try:
-                inner(request, client_address)
+                shutdown(request)
             finally:
                 self._leave(id(request))
 
-        server.process_request_thread = process_request_thread
+        server.finish_request, server.shutdown_request = finish_request, shutdown_request
 
     def _hand_over(self, server: socketserver.BaseServer, request: Any, peer: Any) -> None:
         """The chain for loops that are not the hottest: accounts through `serving()`'s two halves."""
         ticket = id(request)
-        threaded = _threaded(server)
         self._enter(ticket, peer)
-        done = True
+        here = True  # whether the request is done when the chain returns
         try:
             if server.verify_request(request, peer):
                 server.process_request(request, peer)
-                done = not threaded
+                here = not _hands_over(server) or _is_closed(request)
             else:
                 server.shutdown_request(request)
         except Exception:
@@ -207,13 +219,14 @@ class SyncWorker(Worker):
             server.shutdown_request(request)
             raise
         finally:
-            if done:
+            if here:
+                self._board.floats[scoreboard.DEADLINE] = 0.0  # no RequestTimeout from here on
                 self._leave(ticket)
 
     def serve_single(self, server: socketserver.BaseServer, request: Any, peer: Any) -> None:
         """One request that was accepted elsewhere."""
-        if _threaded(server):
-            self._follow_threads(server)
+        if _hands_over(server):
+            self._follow(server, False)
         self._hand_over(server, request, peer)
         self._finish()
 
@@ -278,12 +291,26 @@ def _listener(server: Any) -> socket.socket:
     return found
 
 
-def _threaded(server: Any) -> bool:
-    """Whether the chain ends in ThreadingMixIn's own thread a request."""
-    return (
-        isinstance(server, socketserver.ThreadingMixIn)
-        and type(server).process_request is socketserver.ThreadingMixIn.process_request
-    )
+def _hands_over(server: Any) -> bool:
+    """Whether the chain may end in another thread: a ThreadingMixIn, an executor, what else replaces its middle."""
+    kind = type(server)
+    return "process_request" in vars(server) or kind.process_request is not socketserver.BaseServer.process_request
+
+
+def _defer_handshake(server: Any) -> bool:
+    """Whether the listener speaks TLS. Its handshakes then wait until the request has begun.
+
+    In the accept a client that says nothing would hold the worker, and no deadline would be running.
+    """
+    listener = server.socket
+    if not (_stock(server) and getattr(listener, "do_handshake_on_connect", False)):
+        return False
+    listener.do_handshake_on_connect = False
+    return True
+
+
+def _is_closed(request: Any) -> bool:
+    return isinstance(request, socket.socket) and request.fileno() < 0
 
 
 def _stock(server: Any) -> bool:
