@@ -35,6 +35,8 @@ from prefork.states import Phase
 # it: the handler looks at the deadline itself.
 INTERRUPT = signal.SIGXCPU
 
+_OWN = frozenset({signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, INTERRUPT})  # what a worker has handlers for
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -93,6 +95,7 @@ class Worker:
         self.slot, self.generation, self.options = seat.slot, seat.generation, seat.options
         self.draining = False
         self._seat = seat
+        self._forking = threading.local()  # the signal mask of a thread that forks
         self._board = seat.board
         self._uplink = lifeline.Uplink(seat.uplink_write)
         self._worn = False
@@ -259,10 +262,18 @@ class Worker:
         floats[scoreboard.INTERRUPTED] = deadline
         raise RequestTimeout(f"the request took longer than {self.options.request_timeout:g} s")
 
+    def _hold_signals(self) -> None:
+        """Before the program forks: what is sent to the child at its birth must find the child's own handlers."""
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OWN)
+
+    def _free_signals(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
     def _disown(self) -> None:
         """In a child that the program forks from a worker: it is no worker, and must not speak or write as one."""
-        for one in (signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, INTERRUPT):
+        for one in _OWN:
             signal.signal(one, signal.SIG_DFL)
+        self._free_signals()
         self._board = scoreboard.Slot.detached()
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -279,7 +290,7 @@ class Worker:
         self.setup()
         if self.draining:
             return 0
-        os.register_at_fork(after_in_child=self._disown)
+        os.register_at_fork(before=self._hold_signals, after_in_parent=self._free_signals, after_in_child=self._disown)
         self._ready = True
         self._board.set_phase(Phase.SERVING)
         self._uplink.say(lifeline.READY)

@@ -1,0 +1,167 @@
+"""Programs that do what nobody thought of: each of these has once cost a request, a worker or the pool."""
+
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import prefork
+from programs2.scripts import Notes, Start, hold, launch, noted, rest
+from support import patterns
+
+
+def test_a_process_of_a_handler_is_no_worker(start: Start) -> None:
+    """TERM to a process that a handler forked ends that process, and says nothing in the name of its worker."""
+    program = launch(
+        start,
+        """
+        import multiprocessing
+
+        class Forks(prefork.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(100)
+                child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+                child.start()
+                child.terminate()
+                child.join(10)
+                self.request.sendall(f"{os.getpid()} {child.exitcode}".encode())
+
+        class Pool(prefork.PreforkTCPServer):
+            workers = 1
+            graceful_timeout = 2
+
+        with Pool(("127.0.0.1", 0), Forks) as server:
+            server.serve_forever()
+        """,
+    ).ready()
+    (worker,) = program.wait_ready(1)
+    for _ in range(3):
+        with ExitStack() as stack:
+            assert rest(hold(program.address, stack, "")) == f"{worker} -15".encode()
+    program.stop()
+    program.finish()
+
+
+@pytest.mark.parametrize("way", ["override", "executor"])
+def test_requests_handed_to_threads_are_waited_for(start: Start, notes: Notes, way: str) -> None:
+    """A stop waits for requests that an override or an executor carries on in threads of its own."""
+    body = {
+        "override": """
+        class Pool(prefork.PreforkMixIn, socketserver.ThreadingMixIn, socketserver.TCPServer):
+            workers = 1
+            daemon_threads = True
+
+            def process_request(self, request, client_address):
+                super().process_request(request, client_address)
+        """,
+        "executor": """
+        from concurrent.futures import ThreadPoolExecutor
+
+        class Pool(prefork.PreforkTCPServer):
+            workers = 1
+
+            def process_request(self, request, client_address):
+                if not hasattr(self, "threads"):
+                    self.threads = ThreadPoolExecutor(8)
+                self.threads.submit(self.carry_on, request, client_address)
+
+            def carry_on(self, request, client_address):
+                self.finish_request(request, client_address)
+                self.shutdown_request(request)
+        """,
+    }[way]
+    program = launch(
+        start,
+        body
+        + """
+        class Waits(prefork.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(100)
+                note("begun")
+                pass_gate("go")
+                self.request.sendall(b"answer")
+
+        with Pool(("127.0.0.1", 0), Waits) as server:
+            server.serve_forever()
+        """,
+    ).ready()
+    with ExitStack() as stack:
+        clients = [hold(program.address, stack, "") for _ in range(4)]
+        noted(notes, "begun", 4)
+        program.send(15)
+        program.wait_for(patterns.STOPPING)
+        program.write("go", "")
+        assert [rest(client) for client in clients] == [b"answer"] * 4
+    assert program.wait_exit(10).code == 0
+    program.finish()
+
+
+def test_a_forking_server_is_refused() -> None:
+    """ForkingMixIn behind the mix-in would wait for any child of the master: one line says to leave it out."""
+    import socketserver
+
+    class Both(prefork.PreforkMixIn, socketserver.ForkingMixIn, socketserver.TCPServer):  # type: ignore[misc]
+        pass
+
+    with (
+        Both(("127.0.0.1", 0), prefork.BaseRequestHandler) as server,
+        pytest.raises(prefork.OptionError, match="Forking"),
+    ):
+        server.serve_forever()
+
+
+def test_servers_of_a_factory_keep_their_addresses(start: Start, tmp_path: Path) -> None:
+    """However a factory orders the servers that it returns, each address is served by the one that was bound to it."""
+    sockets = [tmp_path / "a", tmp_path / "b"]
+    program = start(
+        "prefork",
+        "factory:make",
+        "-w",
+        "2",
+        files={
+            "factory.py": f"""
+import socketserver
+
+class A(socketserver.BaseRequestHandler):
+    answer = b"a"
+    def handle(self):
+        self.request.sendall(self.answer)
+
+class B(A):
+    answer = b"b"
+
+def make():
+    a = socketserver.UnixStreamServer({str(sockets[0])!r}, A)
+    b = socketserver.UnixStreamServer({str(sockets[1])!r}, B)
+    return [b, a]
+"""
+        },
+    ).ready()
+    for path in sockets:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            assert rest(client) == path.name.encode()
+    program.stop()
+    program.finish()
+
+
+def test_closing_before_the_drain_is_over(start: Start) -> None:
+    """server_close() without block_on_close leaves the listener to the drain: idle workers leave at once."""
+    program = launch(
+        start,
+        """
+        class Pool(prefork.PreforkTCPServer):
+            workers = 2
+            graceful_timeout = 20
+            block_on_close = False
+
+        server = Pool(("127.0.0.1", 0), Handler)
+        when("close", server.server_close)
+        server.serve_forever()
+        """,
+    ).ready()
+    program.wait_ready(2)
+    program.write("close", "")
+    assert program.wait_exit(5).code == 0
+    program.finish()
