@@ -220,7 +220,12 @@ def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None
     OptionError, BootError
         as `serve_forever()` does.
     """
-    options = check(servers)
+    try:
+        options = check(servers)
+    except BaseException:
+        for server in servers:
+            service_of(server).stopped.set()  # a shutdown() that waits for this loop waits for nothing
+        raise
     pool = Service() if len(servers) > 1 else service_of(servers[0])
     former = [vars(server).get("_pool") for server in servers]
     asked = any(one is not None and one.take_request() for one in former)

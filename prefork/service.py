@@ -30,6 +30,7 @@ from prefork.workers.sync import SyncWorker
 
 log = logging.getLogger("prefork")
 
+_FORKING = socketserver.ForkingMixIn  # programs, and tests, put PreforkMixIn in its place
 CLASSES = {"sync": "prefork.workers.sync:SyncWorker"}
 
 
@@ -38,7 +39,7 @@ def check(servers: Sequence[Any]) -> Options:
     if not servers:
         raise OptionError("serve() needs at least one server")
     for server in servers:
-        if isinstance(server, socketserver.ForkingMixIn):
+        if isinstance(server, _FORKING):
             raise OptionError(f"{type(server).__name__} has ForkingMixIn, which would reap the workers; leave it out")
         handler = getattr(server, "RequestHandlerClass", None)
         check_handler(handler, server.socket_type)
