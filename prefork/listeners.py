@@ -78,6 +78,7 @@ class Listener:
 
     def __init__(self, sock: socket.socket, *, held: bool = False) -> None:
         self._servers = sock
+        self._owner = os.getpid()
         # A descriptor of the master's own: the program may close its server while the pool still drains.
         with processes.undivided():
             self.socket = socket.socket(sock.family, sock.type, sock.proto)
@@ -98,9 +99,14 @@ class Listener:
 
     def close(self) -> None:
         """Give the master's own descriptor back."""
-        if self.socket.fileno() >= 0:
+        if os.getpid() == self._owner and self.socket.fileno() >= 0:
             processes.forget([self.socket.fileno()])
             self.socket.close()
+
+    def __del__(self) -> None:
+        # One that nobody closed must not leave its number among the private descriptors: it will be somebody else's.
+        if hasattr(self, "socket"):
+            self.close()
 
     def hold(self) -> None:
         """Keep new clients out; those in the queue stay."""
