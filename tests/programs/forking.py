@@ -5,9 +5,12 @@ import logging
 import signal
 import socketserver
 import threading
+import warnings
 from types import FrameType
 
 from work import Work
+
+warnings.simplefilter("ignore", DeprecationWarning)  # since 3.12 it forks beside a thread, and says so
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--no-wait", action="store_true", help="leave children behind")
