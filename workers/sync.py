@@ -9,8 +9,8 @@ worker's own copy of the listener. An `accept()` that was interrupted is retried
 connection that it had already returned is served. When the whole pool stops nothing is replaced: the listener says
 EAGAIN once its queue is empty.
 
-Several listeners, or a system without pidfds and epoll to lean on: the listeners are non-blocking, and each worker has
-an epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request.
+Several listeners: they are non-blocking, and each worker has an epoll of its own with EPOLLEXCLUSIVE, about 1.5 us
+dearer a request.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ _LAST_LOOK = 32  # connections that a leaving worker may still take from each of
 class SyncWorker(Worker):
     """Serves any `socketserver` server, the whole chain of its methods, one request at a time.
 
-    Behind a `ThreadingMixIn` the chain ends in a thread a request; leaving, the worker waits for all of them, daemons
-    too.
+    Where the chain hands requests to other threads (`ThreadingMixIn`, an executor), a worker that leaves waits for all
+    of them, daemon threads too.
     """
 
     _null = -1
@@ -136,6 +136,7 @@ class SyncWorker(Worker):
                 self._look(count, end)
 
     def _serve_followed(self, server: socketserver.BaseServer, take: Take) -> None:
+        """The same accept where requests are followed. A loop of its own, so that the hot one tests no flag for it."""
         while True:
             try:
                 request, peer = take()
