@@ -165,8 +165,10 @@ class Pool:
 
     @property
     def boot_failed(self) -> bool:
-        """Whether the first generation is over before any of its workers was ready."""
-        return not self._ever_ready and not self.members and self.candidate is None and bool(self._slots)
+        """Whether the first generation is over before any of its workers was ready: each had its try, all failed."""
+        if self._ever_ready or self.members or self.candidate is not None or not self._slots:
+            return False
+        return next(self._wanted_spawns(), None) is None  # one that the system refused to fork has not had its try
 
     @property
     def done(self) -> bool:

@@ -87,6 +87,27 @@ def test_boot_failed() -> None:
     assert bench.pool.boot_failed and bench.pool.done and bench.look(60.0) == []
 
 
+def test_a_first_generation_is_not_over_while_a_fork_waits() -> None:
+    """Where one worker's boot failed and another one's fork was refused, the pool waits for what that one has to say."""
+    bench = Bench(2, ready=False)
+    bench.refuse = True
+    assert bench.look() == [Spawn(0, 1), Spawn(1, 1)]
+    bench.refuse = False
+    bench.wait()
+    assert bench.look() == [Spawn(0, 1), Spawn(1, 1)]
+    bench = Bench(2, ready=False)
+    first, second = bench.pool.orders(bench.now)
+    assert isinstance(first, Spawn) and isinstance(second, Spawn)
+    bench.pool.spawned(first, 1, bench.now)
+    bench.pool.spawn_failed(bench.now)
+    bench.exit(1, crashed=True)
+    assert not bench.pool.boot_failed and not bench.pool.done
+    bench.wait()
+    assert bench.look() == [Spawn(1, 1)]
+    bench.exit(1, crashed=True)
+    assert bench.pool.boot_failed and bench.pool.done and bench.pool.next_deadline() is None
+
+
 def test_one_that_boots_saves_the_others() -> None:
     """Once one worker was ready, the slots that failed are tried again."""
     bench = Bench(2, ready=False)

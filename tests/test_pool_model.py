@@ -2,7 +2,7 @@
 
 `World` is the kernel, the clock and a master that does as it is told; it checks every order and every state. Two
 drivers share it: hypothesis, which shrinks what it finds, and a random walk, which goes far.
-`PREFORK_MODEL_STEPS=5000000` goes further, `PREFORK_MODEL_SEED=2` elsewhere; a failure names the episode and its last
+`PREFORK_MODEL_STEPS=5000000` and `PREFORK_MODEL_EXAMPLES=5000` go further, `PREFORK_MODEL_SEED=2` elsewhere; a failure names the episode and its last
 events.
 """
 
@@ -419,11 +419,10 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(
-    max_examples=60,
+    max_examples=int(os.environ.get("PREFORK_MODEL_EXAMPLES", "60")),
     stateful_step_count=60,
     deadline=None,
     database=None,
-    derandomize=False,
     suppress_health_check=list(HealthCheck),
 )
 
