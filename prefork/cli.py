@@ -133,14 +133,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _metavar(one: Setting) -> str:
-    return {"seconds": "SECONDS", "bytes": "BYTES"}.get(one.unit, "CLASS" if one.kind is object else "N")
+    return {"seconds": "SECONDS", "bytes": "BYTES"}.get(one.unit) or {object: "CLASS", str: "FILE"}.get(one.kind, "N")
 
 
 def _kind(one: Setting) -> Callable[[str], object]:
     """Reads a flag's value; what is out of range is said in the words of the setting."""
 
     def read(text: str) -> object:
-        if one.kind is object:
+        if one.kind in (object, str):
             return text
         value: object = text
         number, factor = text, 1

@@ -23,7 +23,8 @@ READY = b"\x01"
 LEAVES = b"\x02"  # it drains although the master may not have asked
 WORN = b"\x03"  # it asks to be recycled
 STOP = b"\x04"  # the program called shutdown() in a worker
-_MESSAGES = READY + LEAVES + WORN + STOP
+STUCK = b"\x05"  # it leaves, for a request past its deadline cannot be interrupted
+_MESSAGES = READY + LEAVES + WORN + STOP + STUCK
 
 TEXT_LIMIT = 65536
 
@@ -112,7 +113,7 @@ class Downlink:
             if not data:
                 return messages, True
             for value in data:
-                if value <= 4:
+                if value <= len(_MESSAGES):
                     # A worker that floods its master says nothing new; one of each kind is enough.
                     if (message := bytes((value,))) not in messages:
                         messages.append(message)

@@ -328,6 +328,8 @@ class Master:
                 self.pool.booted(pid, now)
             elif message == lifeline.LEAVES:
                 self.pool.leaves(pid, now)
+            elif message == lifeline.STUCK:
+                self.pool.leaves(pid, now, Reason.REQUEST_TIMEOUT)
             elif message == lifeline.WORN:
                 self.pool.wear_out(pid)
             elif message == lifeline.STOP:

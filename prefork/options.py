@@ -120,7 +120,18 @@ class Settings:
     workers: int = setting(
         cast(int, usable_cpus), int, "worker processes; default: usable processors", low=1, high=MAX_WORKERS
     )
-    worker_class: Any = setting("sync", object, "a Worker class: sync, or MODULE:NAME")
+    worker_class: Any = setting("sync", object, "a Worker class: sync, thread, asyncio, wsgi, asgi, or MODULE:NAME")
+    threads: int | None = setting(
+        None,
+        int,
+        "requests at once in a worker of the class thread (default: 16) or wsgi (1)",
+        low=1,
+        high=1024,
+        none=True,
+    )
+    max_connections: int = setting(
+        1000, int, "connections at once in a worker of the class asyncio, wsgi or asgi", low=1, high=1_000_000
+    )
     request_timeout: float | None = setting(
         None,
         float,
@@ -133,6 +144,15 @@ class Settings:
     graceful_timeout: float = setting(
         30.0, float, "a worker that leaves may finish its request for so long", low=0.0, unit="seconds"
     )
+    keepalive_timeout: float = setting(
+        5.0,
+        float,
+        "wsgi, asgi: close a connection that is idle for so long; 0: after each reply",
+        low=0.0,
+        unit="seconds",
+    )
+    max_body: int = setting(0, int, "wsgi: refuse a request with a longer body; 0: no limit", low=0, unit="bytes")
+    access_log: str = setting("", str, "wsgi, asgi: a file for one line a request; -: standard output")
     max_requests: int = setting(0, int, "recycle a worker after so many requests; 0: never", low=0)
     max_requests_jitter: int | None = setting(
         None, int, "spread max_requests by up to so many; default: a tenth of it", low=0, none=True

@@ -219,13 +219,13 @@ class Pool:
         if member := self.members.get(pid):
             member.worn = True
 
-    def leaves(self, pid: int, now: float) -> None:
+    def leaves(self, pid: int, now: float, reason: Reason = Reason.LEFT) -> None:
         """A worker says that it drains, although perhaps nobody here asked it to."""
         member = self.members.get(pid)
         if member is None:
             return
         if member.state is not State.RETIRING:
-            self._retire(member, Reason.LEFT, now)
+            self._retire(member, reason, now)
         if not member.quitting:
             self.understood(pid, now)
 

@@ -23,6 +23,7 @@ import prefork.listeners as listeners
 import prefork.processes as processes
 import prefork.server as server
 import prefork.service as service
+import prefork.workers.chain as chain
 from prefork.errors import OptionError, ProgramError
 from prefork.options import Options, declared
 from prefork.scout import Scout, own_traceback
@@ -83,18 +84,18 @@ _SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
 
 
 def find(target: str) -> Any:
-    """Import `MODULE:NAME` and return what it names.
+    """Import `MODULE:NAME` and return what it names, or what that returns where NAME ends in `()`.
 
     Raises
     ------
     ProgramError
-        with the program's own traceback, if its import raises.
+        with the program's own traceback, if its import or its call raises.
     """
-    module_name, colon, name = target.partition(":")
+    called = target.endswith("()")
+    module_name, colon, name = target.removesuffix("()").partition(":")
     if not colon or not module_name or not name:
         raise OptionError(f"{target!r} is no program; write MODULE:NAME, such as myserver:Handler")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _find_here()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -109,11 +110,27 @@ def find(target: str) -> Any:
             found = getattr(found, part)
         except AttributeError:
             raise ProgramError(f"module {module_name!r} has no {name!r}") from None
-    return found
+    if not called:
+        return found
+    try:
+        return found()
+    except BaseException:
+        raise ProgramError(f"{target} raised\n{own_traceback()}") from None
 
 
-def build(target: str, binds: Sequence[Bind]) -> list[Any]:
+def _find_here() -> None:
+    """Have modules of the current directory found."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def build(target: str, binds: Sequence[Bind], kind: type[Worker] | None = None) -> list[Any]:
     """Make the servers: bound and activated, or adopted inside `adopting()`.
+
+    Parameters
+    ----------
+    kind
+        The class of workers, where the command was given one: some serve an application in the place of a handler.
 
     Raises
     ------
@@ -125,12 +142,18 @@ def build(target: str, binds: Sequence[Bind]) -> list[Any]:
         An address cannot be bound.
     """
     found = find(target)
+    server_class = isinstance(found, type) and issubclass(found, socketserver.BaseServer)
+    if kind is not None and kind.application and not server_class:
+        if not callable(found):
+            raise ProgramError(f"{target} is {found!r}, which is no application: it cannot be called")
+        _need(binds, target)
+        return [_made(_SERVERS[bind.family == socket.AF_UNIX, bind.kind], bind, found) for bind in binds]
     if isinstance(found, type) and issubclass(found, socketserver.BaseRequestHandler):
         _need(binds, target)
         for bind in binds:
-            service.check_handler(found, bind.kind)
+            chain.check_handler(found, bind.kind)
         return [_made(_SERVERS[bind.family == socket.AF_UNIX, bind.kind], bind, found) for bind in binds]
-    if isinstance(found, type) and issubclass(found, socketserver.BaseServer):
+    if server_class:
         _need(binds, target)
         if not issubclass(found, server.PreforkMixIn):
             found = type(found.__name__, (server.PreforkMixIn, found), {})
@@ -264,8 +287,9 @@ class Program:
         """In a worker: import the program around the inherited listeners."""
         left = list(self.sockets)
         with adopting(lambda made: left.pop(0) if left else None):
-            servers = build(self.target, self.binds)
-        return service.seated(self._kind(servers), servers, seat)
+            servers = build(self.target, self.binds, self._given)
+        kind = self._given or service.worker_class(getattr(servers[0], "worker_class", "sync"))
+        return service.seated(kind, servers, seat)
 
     def close(self) -> None:
         for claim in self.claims:
@@ -274,9 +298,13 @@ class Program:
             sock.close()
         self.sockets, self.claims = [], []
 
-    def _kind(self, servers: Sequence[Any]) -> type[Worker]:
-        wanted = self._worker_class if self._worker_class is not None else getattr(servers[0], "worker_class", "sync")
-        return service.worker_class(wanted)
+    @property
+    def _given(self) -> type[Worker] | None:
+        """The worker class that the command was given, if it was."""
+        if self._worker_class is None:
+            return None
+        _find_here()
+        return service.worker_class(self._worker_class)
 
     # -- in the scout ----------------------------------------------------------------------------------------------
 
@@ -292,9 +320,8 @@ class Program:
 
         socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
         try:
-            servers = build(self.target, self.binds)
-            service.check(servers)
-            self._kind(servers)
+            servers = build(self.target, self.binds, self._given)
+            service.check(servers, self._given)
             # In the order in which they were bound, which is the order in which a worker will ask for them.
             bound = [one for one in begun if any(one is other for other in servers)]
             if len(bound) != len(begun):
@@ -341,9 +368,8 @@ class Program:
             raise OptionError(f"the program now wants {where}; other addresses take a new start")
 
         with adopting(take):
-            servers = build(self.target, self.binds)
-            service.check(servers)
-            self._kind(servers)
+            servers = build(self.target, self.binds, self._given)
+            service.check(servers, self._given)
         if left:
             raise OptionError("the program now serves fewer addresses; that takes a new start")
         return {}, []

@@ -21,6 +21,7 @@ import prefork.master as master
 import prefork.scoreboard as scoreboard
 import prefork.stderr as stderr
 import prefork.workers.base as base
+import prefork.workers.chain as chain
 from prefork.errors import OptionError, PreforkError
 from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
@@ -31,24 +32,31 @@ from prefork.workers.sync import SyncWorker
 log = logging.getLogger("prefork")
 
 _FORKING = socketserver.ForkingMixIn  # programs, and tests, put PreforkMixIn in its place
-CLASSES = {"sync": "prefork.workers.sync:SyncWorker"}
+CLASSES = {
+    "sync": "prefork.workers.sync:SyncWorker",
+    "thread": "prefork.workers.threaded:ThreadWorker",
+    "asyncio": "prefork.workers.aio:AsyncioWorker",
+    "wsgi": "prefork.workers.wsgi:WSGIWorker",
+    "asgi": "prefork.workers.asgi:ASGIWorker",
+}
+ENTRY_POINTS = "prefork.workers"  # the group in which other distributions register classes under short names
 
 
-def check(servers: Sequence[Any]) -> Options:
-    """Check settings and handlers before anything is forked."""
+def check(servers: Sequence[Any], kind: type[Worker] | None = None) -> Options:
+    """Check settings and handlers before anything is forked. With `kind`, for that class of workers."""
     if not servers:
         raise OptionError("serve() needs at least one server")
     for server in servers:
         if isinstance(server, _FORKING):
             raise OptionError(f"{type(server).__name__} has ForkingMixIn, which would reap the workers; leave it out")
-        handler = getattr(server, "RequestHandlerClass", None)
-        check_handler(handler, server.socket_type)
         if server.fileno() < 0:
             raise OptionError("the server is closed; make a new one")
         if server.socket_type == socket.SOCK_STREAM and not _listens(server):
             raise OptionError("the server does not listen yet; call server_bind() and server_activate()")
     options = Options.of(servers[0])
-    worker_class(options.worker_class)
+    kind = kind or worker_class(options.worker_class)
+    for server in servers:
+        kind.check(server)
     return options
 
 
@@ -61,42 +69,34 @@ def _listens(server: Any) -> bool:
         return True  # a system that does not tell
 
 
-def check_handler(handler: object, socket_type: int) -> None:
-    """Raises OptionError for a handler that is none, or not for this kind of socket."""
-    if not callable(handler):
-        raise OptionError(
-            f"RequestHandlerClass: {handler!r} is no handler; pass a subclass of socketserver.BaseRequestHandler"
-        )
-    if isinstance(handler, type):
-        stream = issubclass(handler, socketserver.StreamRequestHandler)
-        datagram = issubclass(handler, socketserver.DatagramRequestHandler)
-        if stream and socket_type == socket.SOCK_DGRAM:
-            raise OptionError(
-                f"RequestHandlerClass: {handler.__name__} handles streams, the server takes datagrams; "
-                "use DatagramRequestHandler or bind a stream address"
-            )
-        if datagram and socket_type == socket.SOCK_STREAM:
-            raise OptionError(
-                f"RequestHandlerClass: {handler.__name__} handles datagrams, the server takes streams; "
-                "use StreamRequestHandler or bind a datagram address"
-            )
-
-
 def worker_class(wanted: object) -> type[Worker]:
-    """Resolve the setting `worker_class`: a class, a short name, or `MODULE:NAME`."""
+    """Resolve the setting `worker_class`: a class, a short name, an entry point's name, or `MODULE:NAME`."""
     found = wanted
     if isinstance(wanted, str):
-        module, colon, name = CLASSES.get(wanted, wanted).partition(":")
+        module, colon, name = _reference(wanted).partition(":")
         if not colon:
-            known = ", ".join(sorted(CLASSES))
-            raise OptionError(f"worker_class: there is no {wanted!r}; use {known}, or MODULE:NAME")
+            known = ", ".join(CLASSES)
+            raise OptionError(
+                f"worker_class: there is no {wanted!r}; use {known}, MODULE:NAME, or a name that an installed package "
+                f"registers in the entry points {ENTRY_POINTS}"
+            )
         try:
-            found = getattr(importlib.import_module(module), name)
+            found = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             raise OptionError(f"worker_class: {wanted!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Worker)):
         raise OptionError(f"worker_class: {wanted!r} is no subclass of prefork.Worker")
     return found
+
+
+def _reference(name: str) -> str:
+    if ":" in name or name in CLASSES:
+        return CLASSES.get(name, name)
+    from importlib.metadata import entry_points  # 20 ms, which only a foreign short name costs
+
+    return next((one.value for one in entry_points(group=ENTRY_POINTS, name=name)), name)
 
 
 # -- the pool behind one server, or several --------------------------------------------------------
@@ -339,7 +339,10 @@ class _Single(SyncWorker):
         server: Any = self.server
         if server.socket_type == socket.SOCK_STREAM:
             server.socket.close()
-        self.serve_single(server, *self.request)
+        if chain.hands_over(server):
+            chain.follow(self, server)
+        self.serve_request(server, *self.request)
+        self.finish()
 
     def drain(self) -> None:
         """It leaves when the request is done, as it would have anyway."""

@@ -11,12 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of workers
+
 # A module imports only from floors below its own.
 FLOORS = (
     {"errors", "options", "states", "reports"},
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
-    {"workers", "workers.base", "workers.sync"},
+    {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync"}
+    | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi"},
     {"crew", "master"},
     {"service", "server"},
     {"scout", "program", "cli", "__main__"},
@@ -26,7 +29,9 @@ TOP = len(FLOORS) - 1
 FLOOR["__init__"] = TOP  # the face: sees every floor under the top, and nobody in the house imports it
 # What may be imported on the same floor, beside the top floor's modules among themselves.
 NEXT_DOOR = {
-    ("workers.sync", "workers.base"),
+    ("workers.base", "workers.accept"),
+    ("workers.base", "workers.chain"),
+    *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "base", "chain")),
     ("options", "errors"),
     ("lifeline", "processes"),
     ("listeners", "processes"),

@@ -624,7 +624,7 @@ def test_invariant_05_a_burst_of_signals(start: Start, ledger: Ledger) -> None:
             if target == pid:
                 assert ask(address).pid == pid
         program.wait_for(patterns.RELOADED, since=mark)
-        # Signals that are pending together come in no promised order: TTOU before TTIN finds nobody to take, leaves two.
+        # Signals that are pending together come in no promised order: a TTOU before the TTIN leaves two.
         program.send(signal.SIGTTOU)
         ask(address)
         (pid,) = program.wait_ready(1, without=[pid])

@@ -62,9 +62,9 @@ def test_requests_handed_to_threads_are_waited_for(start: Start, notes: Notes, w
             workers = 1
 
             def process_request(self, request, client_address):
-                if not hasattr(self, "threads"):
-                    self.threads = ThreadPoolExecutor(8)
-                self.threads.submit(self.carry_on, request, client_address)
+                if not hasattr(self, "executor"):
+                    self.executor = ThreadPoolExecutor(8)
+                self.executor.submit(self.carry_on, request, client_address)
 
             def carry_on(self, request, client_address):
                 self.finish_request(request, client_address)

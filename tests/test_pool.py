@@ -88,7 +88,7 @@ def test_boot_failed() -> None:
 
 
 def test_a_first_generation_is_not_over_while_a_fork_waits() -> None:
-    """Where one worker's boot failed and another one's fork was refused, the pool waits for what that one has to say."""
+    """Where one worker's boot failed and another one's fork was refused, the pool waits for what that one will say."""
     bench = Bench(2, ready=False)
     bench.refuse = True
     assert bench.look() == [Spawn(0, 1), Spawn(1, 1)]

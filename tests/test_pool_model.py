@@ -2,8 +2,8 @@
 
 `World` is the kernel, the clock and a master that does as it is told; it checks every order and every state. Two
 drivers share it: hypothesis, which shrinks what it finds, and a random walk, which goes far.
-`PREFORK_MODEL_STEPS=5000000` and `PREFORK_MODEL_EXAMPLES=5000` go further, `PREFORK_MODEL_SEED=2` elsewhere; a failure names the episode and its last
-events.
+`PREFORK_MODEL_STEPS=5000000` and `PREFORK_MODEL_EXAMPLES=5000` go further, `PREFORK_MODEL_SEED=2` elsewhere; a failure
+names the episode and its last events.
 """
 
 import os

@@ -7,6 +7,7 @@ kills the worker. It never raises into a handler because of a signal, but for th
 """
 
 import contextlib
+import contextvars
 import faulthandler
 import gc
 import logging
@@ -18,7 +19,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -27,9 +28,11 @@ import prefork.lifeline as lifeline
 import prefork.policy as policy
 import prefork.scoreboard as scoreboard
 import prefork.stderr as stderr
+import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout
 from prefork.options import Options
 from prefork.states import Phase
+from prefork.workers.accept import Acceptor, Taken
 
 # The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends
 # it: the handler looks at the deadline itself.
@@ -52,12 +55,37 @@ class Seat:
     seed: int
 
 
-@dataclass(slots=True)
-class _Request:
-    start: float
-    deadline: float
-    peer: object
-    thread: int
+class Request:
+    """A request in hand, between the two ends of `with worker.serving(peer) as request:`.
+
+    `deadline` is in seconds on the monotonic clock, 0.0 where there is none.
+    """
+
+    __slots__ = ("_worker", "deadline", "late", "peer", "start", "thread", "timeout")
+
+    def __init__(self, worker: "Worker", peer: object, timeout: float) -> None:
+        self._worker, self.peer, self.timeout = worker, peer, timeout
+        self.start = self.deadline = 0.0
+        self.thread = 0
+        self.late = False  # nobody waits for it any more
+
+    def __enter__(self) -> "Request":
+        self._worker._begin(self, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # No RequestTimeout from here on; `_leave` publishes again what else is in hand.
+        self._worker._disarm()
+        self._worker._leave(self)
+
+    def extend_deadline(self, seconds: float) -> None:
+        """Give it `seconds` from now. Where it has no deadline there is nothing to extend."""
+        if self.deadline:
+            self._worker._move(self, monotonic() + seconds)
+
+
+# The request that the running thread, or the running task of an event loop, has in hand.
+_current: contextvars.ContextVar[Request | None] = contextvars.ContextVar("prefork_request", default=None)
 
 
 class Worker:
@@ -65,29 +93,37 @@ class Worker:
 
     May be overridden
     -----------------
+    check(server), application
+        Class-level, in the master, before anything is forked: whether this class can serve what it is given.
     setup()
         After the fork, before ready: open what each process must own. An exception is a boot failure.
     run()
-        Serve until `draining` and return when drained.
+        Serve until told to leave, and return when drained.
     drain()
         Told to leave. Called once, from a signal handler between two bytecodes of the main thread: set, close or wake
-        something.
+        something. The default ends `accept()`.
+    expired()
+        The request in hand is past its deadline. Called from a signal handler, too.
     teardown()
         After `run()` has returned.
 
     To be called
     ------------
-    serving(peer), extend_deadline(seconds), recycle(reason)
+    accept(), serve_request(server, request, peer), serving(peer), finish(), extend_deadline(seconds), recycle(reason)
 
     To be read
     ----------
     servers, server (the first of them), slot (a stable small number, unique among live workers), generation, options,
-    draining
+    draining, pool_drains, acceptor (for a loop that waits for more than listeners)
 
     Inherited by the fork: everything the master held before it, apart from its threads and its own descriptors. A
     connection to a database that was opened before the fork is shared with the siblings, and breaks: open it in
     `setup()`.
     """
+
+    # What a server's RequestHandlerClass is to this class, and what NAME is to the command: a handler, or (True) an
+    # application.
+    application = False
 
     def __init__(self, servers: Sequence[socketserver.BaseServer], seat: Seat) -> None:
         self.servers = tuple(servers)
@@ -100,56 +136,125 @@ class Worker:
         self._uplink = lifeline.Uplink(seat.uplink_write)
         self._worn = False
         self._ready = False
-        self._wakeup: Callable[[], None] | None = None
-        self._lock = threading.Lock()
+        self._acceptor: Acceptor | None = None
+        # Re-entrant: the handler of an interrupt takes it on top of whatever the main thread is doing.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._open: dict[object, _Request] = {}  # what is in hand through `serving()`, oldest first
+        self._open: dict[object, Request] = {}  # what is in hand beside the hottest loop, oldest first
+        self._unequal = 0  # of those, how many have a deadline out of the order in which they came
+        self._shown: Request | None = None  # which of them the scoreboard shows
+        self._stuck = False
+        self._finishing = False
+        self._followed = False  # whether the end of a request is known by its shutdown only
         self._memory_at = 0.0
         rng = random.Random(seat.seed)
         self._recycle_after = policy.recycle_after(self.options.max_requests, self.options.requests_jitter, rng)
+        # After which request to call `_look()`: the hot path compares one number.
+        self._limit = 1 if self.options.max_memory else self._recycle_after or 1 << 62
+        self._timeout = self.options.request_timeout or 0.0
 
     # -- may be overridden -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def check(cls, server: Any) -> None:
+        """Raise OptionError, with the mend, if this class cannot serve `server`. Runs before anything is forked."""
+        chain.check_handler(getattr(server, "RequestHandlerClass", None), server.socket_type)
 
     def setup(self) -> None:
         """Open what this process must own. Called before the worker is ready."""
 
     def run(self) -> None:
-        """Serve until `draining`, return when nothing is in hand any more."""
+        """Serve until told to leave, return when nothing is in hand any more."""
         raise NotImplementedError
 
     def drain(self) -> None:
         """The order to leave has come. Must not raise, block or do much: it runs in a signal handler."""
+        if self._acceptor is not None:
+            self._acceptor.leave()
+
+    def expired(self) -> None:
+        """A request is past its deadline. It runs in a signal handler of the main thread, and may raise.
+
+        The default raises `RequestTimeout` in the handler if that is what the main thread does. Where it is in another
+        thread, or one of several, nothing can be raised in it alone: the stacks of all threads go into the report of
+        this worker's death, it leaves and is replaced, its other requests have `graceful_timeout`.
+        """
+        open = list(self._open.values())
+        if not open or (len(open) == 1 and open[0].thread == threading.get_ident()):
+            self._board.floats[scoreboard.INTERRUPTED] = self._board.floats[scoreboard.DEADLINE]
+            raise RequestTimeout(f"the request took longer than {self.options.request_timeout:g} s")
+        now = monotonic()
+        with self._lock:
+            for one in open:
+                one.late = one.late or 0.0 < one.deadline <= now
+            first = not self._stuck and any(one.late for one in open)
+            self._stuck = self._stuck or first
+            self._publish()
+            self._changed.notify_all()
+        if first:
+            faulthandler.dump_traceback(self._uplink.fd, all_threads=True)
+            self._uplink.say(lifeline.STUCK)
+            self._on_term(signal.SIGTERM, None)
 
     def teardown(self) -> None:
         """Close what `setup()` opened. Called after `run()` has returned."""
 
     # -- to be called ----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def serving(self, peer: object = "") -> Iterator[None]:
-        """Around one request: busy, deadline, counts, idle. For a loop of one's own; any thread may use it."""
-        ticket = object()
-        self._enter(ticket, peer)
-        try:
-            yield
-        finally:
-            # No RequestTimeout from here on; `_leave` publishes again what other threads have in hand.
-            self._board.floats[scoreboard.DEADLINE] = 0.0
-            self._leave(ticket)
+    @property
+    def acceptor(self) -> Acceptor:
+        """The listeners, for a loop that waits for more than those. Begins to take: call it in `run()`."""
+        if self._acceptor is None:
+            acceptor = Acceptor(self, self.servers, self._board)
+            self._followed = any([chain.follow(self, server) for server in self.servers])
+            self._acceptor = acceptor
+            if self.draining:  # told to leave between ready and here
+                acceptor.leave()
+        return self._acceptor
+
+    @property
+    def pool_drains(self) -> bool:
+        """Whether it is the whole pool that stops: then the queue is to be emptied before leaving."""
+        return self._board.pool_drains
+
+    def accept(self) -> Taken | None:
+        """Wait for the next connection or datagram of any server: (server, request, peer). None: leave now.
+
+        Raises
+        ------
+        OSError
+            The program has closed the listener.
+        """
+        return self.acceptor.take()
+
+    def serve_request(self, server: socketserver.BaseServer, request: Any, peer: Any) -> None:
+        """Serve one request through the whole chain of the server's methods, with its deadline; any thread may."""
+        chain.serve(self, server, request, peer)
+
+    def serving(self, peer: object = "", timeout: float | None = None) -> Request:
+        """Around one request, `with self.serving(peer):`: busy, deadline, counts, idle. Any thread or task may use it.
+
+        Parameters
+        ----------
+        timeout
+            Seconds; by default `request_timeout`. 0: this request has no deadline.
+        """
+        return Request(self, peer, self._timeout if timeout is None else timeout)
+
+    def finish(self) -> None:
+        """Wait for what other threads have in hand. The master sees to it that this ends."""
+        with self._changed:
+            self._finishing = True
+            while not all(one.late for one in self._open.values()):
+                self._changed.wait()
 
     def extend_deadline(self, seconds: float) -> None:
-        """Give the request in hand `seconds` from now. Without a `request_timeout` there is nothing to extend."""
-        if not self.options.request_timeout:
-            return
-        deadline, me = monotonic() + seconds, threading.get_ident()
-        with self._lock:
-            for one in self._open.values():
-                if one.thread == me:
-                    one.deadline = deadline
-            if self._open:
-                self._publish()
-            elif self._board.floats[scoreboard.DEADLINE]:
-                self._board.floats[scoreboard.DEADLINE] = deadline
+        """Give the request in hand `seconds` from now. Where it has no deadline there is nothing to extend."""
+        one = _current.get()
+        if one is not None and one._worker is self:
+            one.extend_deadline(seconds)
+        elif not self._open and self._board.floats[scoreboard.DEADLINE]:
+            self._board.floats[scoreboard.DEADLINE] = monotonic() + seconds
 
     def recycle(self, reason: str = "") -> None:
         """Ask to be replaced. The worker serves on until its replacement is ready."""
@@ -157,59 +262,81 @@ class Worker:
             self._worn = True
             self._uplink.say(lifeline.WORN)
 
-    # -- what loops need -------------------------------------------------------------------------------------------
+    # -- what is in hand -------------------------------------------------------------------------------------------
 
     def _enter(self, ticket: object, peer: object) -> None:
         """A request begins, of several that this worker may have in hand."""
-        start = monotonic()
-        timeout = self.options.request_timeout
+        self._begin(ticket, Request(self, peer, self._timeout))
+
+    def _begin(self, ticket: object, one: Request) -> None:
+        one.start = start = monotonic()
+        one.thread = threading.get_ident()
+        timeout = one.timeout
+        if timeout:
+            one.deadline = start + timeout
+        _current.set(one)
         with self._lock:
-            self._open[ticket] = _Request(start, start + timeout if timeout else 0.0, peer, threading.get_ident())
-            self._publish()
+            self._open[ticket] = one
+            if timeout != self._timeout:
+                self._unequal += 1
+            if self._shown is None or self._unequal:
+                self._publish()
 
     def _adopt(self, ticket: object) -> None:
         """The calling thread is the one that serves this request."""
         with self._lock:
             if one := self._open.get(ticket):
                 one.thread = threading.get_ident()
+                _current.set(one)
 
     def _leave(self, ticket: object) -> None:
         end = monotonic()
-        with self._changed:
+        with self._lock:
             one = self._open.pop(ticket, None)
             if one is None:
                 self._publish()
                 return
+            if _current.get() is one:
+                _current.set(None)
+            if one.timeout != self._timeout:
+                self._unequal -= 1
             ints, floats = self._board.ints, self._board.floats
             count = ints[scoreboard.REQUESTS] = ints[scoreboard.REQUESTS] + 1
             floats[scoreboard.BUSY_TIME] += end - one.start
             self._publish()
-            self._changed.notify_all()
-        self._look(count, end)
+            if self._finishing:
+                self._changed.notify_all()
+        if count >= self._limit:
+            self._look(count, end)
+
+    def _move(self, one: Request, deadline: float) -> None:
+        with self._lock:
+            if one.timeout == self._timeout and not one.late:
+                self._unequal += 1
+            one.timeout, one.deadline = -1.0, deadline
+            self._publish()
+
+    def _disarm(self) -> None:
+        self._board.floats[scoreboard.DEADLINE] = 0.0
 
     def _publish(self) -> None:
         """Show the oldest request in hand on the scoreboard, and the earliest deadline."""
         floats = self._board.floats
         oldest = next(iter(self._open.values()), None)
         if oldest is None:
+            self._shown = None
             floats[scoreboard.BUSY_SINCE] = floats[scoreboard.DEADLINE] = 0.0
             return
-        floats[scoreboard.DEADLINE] = min((r.deadline for r in self._open.values() if r.deadline), default=0.0)
-        if floats[scoreboard.BUSY_SINCE] != oldest.start:
+        if self._stuck:
+            floats[scoreboard.DEADLINE] = 0.0  # it leaves already, and the others have `graceful_timeout`
+        elif self._unequal:
+            floats[scoreboard.DEADLINE] = min((r.deadline for r in self._open.values() if r.deadline), default=0.0)
+        else:
+            floats[scoreboard.DEADLINE] = oldest.deadline
+        if self._shown is not oldest:
+            self._shown = oldest
             floats[scoreboard.BUSY_SINCE] = oldest.start
             self._board.set_peer(oldest.peer)
-
-    def _finish(self) -> None:
-        """Wait for what other threads have in hand. The master sees to it that this ends."""
-        with self._changed:
-            while self._open:
-                self._changed.wait()
-
-    def _limited(self) -> int:
-        """After which request to call `_look()`: the hot path compares one number."""
-        if self.options.max_memory:
-            return 1
-        return self._recycle_after or 1 << 62
 
     def _look(self, count: int, now: float) -> None:
         """After a request: ask to be recycled where a limit is reached."""
@@ -237,8 +364,6 @@ class Worker:
                 self.drain()
             except Exception:
                 traceback.print_exc()
-        if self._wakeup is not None:
-            self._wakeup()
 
     def _on_quit(self, signum: int, frame: types.FrameType | None) -> None:
         self._board.set_phase(Phase.LEAVING)
@@ -249,18 +374,11 @@ class Worker:
         self._board.set_phase(Phase.LEAVING)
 
     def _on_interrupt(self, signum: int, frame: types.FrameType | None) -> None:
-        """Raise in the handler of the main thread, once a request, and only if that very request is late."""
+        """Once a request, and only if it is late: the order may have been meant for the one before."""
         floats = self._board.floats
         deadline = floats[scoreboard.DEADLINE]
-        if not deadline or monotonic() < deadline or floats[scoreboard.INTERRUPTED] == deadline:
-            return
-        if self._open:
-            # Of several requests, or one in another thread, none can be interrupted without harming another.
-            (only, *others) = self._open.values()
-            if others or only.thread != threading.get_ident():
-                return
-        floats[scoreboard.INTERRUPTED] = deadline
-        raise RequestTimeout(f"the request took longer than {self.options.request_timeout:g} s")
+        if deadline and monotonic() >= deadline and floats[scoreboard.INTERRUPTED] != deadline:
+            self.expired()
 
     def _hold_signals(self) -> None:
         """Before the program forks: what is sent to the child at its birth must find the child's own handlers."""

@@ -1,0 +1,303 @@
+"""Taking connections and datagrams from the listeners of a worker, and ending that without a loss.
+
+One listener: a blocking `accept()` and nothing else between two requests. The kernel wakes one worker, the one that
+waits longest: every worker gets the same share (Jain's index 1.00), and idle workers do not wake up at all. A shared
+poll wakes the herd; SO_REUSEPORT loses what is queued at a worker that dies.
+
+To leave, the handler of TERM does not raise (that lost 784 requests in 1,803): it puts /dev/null in the place of the
+worker's own copy of the listener. An `accept()` that was interrupted is retried (PEP 475) and fails with ENOTSOCK; a
+connection that it had already returned is served. When the whole pool stops nothing is replaced: the listener says
+EAGAIN once its queue is empty.
+
+Several listeners, or a loop that waits for other things too: the listeners are non-blocking, and each worker has an
+epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request. The kernel asks exclusive waiters in the order in
+which they came and stops at the first that waits; one that never moved would get everything (Jain's index 0.02). So a
+worker that took something goes to the end of that line: it takes the listener out of its epoll and puts it back.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import selectors
+import socket
+import socketserver
+import sys
+import time
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, Protocol
+
+import prefork.scoreboard as scoreboard
+
+log = logging.getLogger("prefork")
+
+Take = Callable[[], tuple[Any, Any]]
+Taken = tuple[Any, Any, Any]  # server, request, peer
+
+FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+PAUSE = 0.05  # seconds without accepting while the system is full
+_OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
+_BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
+_LAST_LOOK = 32  # connections that a leaving worker may still take from each listener that it polls
+_EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
+
+
+class Taker(Protocol):
+    """What the acceptor asks of the worker it belongs to."""
+
+    slot: int
+    draining: bool
+
+    @property
+    def pool_drains(self) -> bool: ...
+
+
+class Acceptor:
+    """The listeners of one worker.
+
+    For a loop that serves what it takes: `take()`. For a loop that waits for more than listeners: `poll_with()` an
+    epoll of one's own, `try_take()` what it found readable, and the same once more at the end (`last_look()`).
+    """
+
+    def __init__(self, worker: Taker, servers: Sequence[socketserver.BaseServer], board: scoreboard.Slot) -> None:
+        self._worker = worker
+        # As they were inherited; a taker of datagrams puts another socket into its server.
+        self.fds: list[int] = [_listener(server).fileno() for server in servers]
+        self.takes: list[Take] = [taker(server, board) for server in servers]
+        self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))
+        self._said = 0.0
+        self._null = -1
+        self._wait: Callable[[], list[int]] | None = None
+        self._ready: list[int] = []
+        self._looks: list[list[int]] | None = None
+        if len(servers) == 1:
+            self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        else:
+            self._wait, self._wake = self._waiter()
+
+    def leave(self) -> None:
+        """Make `take()` return, whenever it is called. From a signal handler; again and again without harm."""
+        if self._wait is not None:
+            self._wake()
+        elif not self._worker.pool_drains:
+            os.dup2(self._null, self.fds[0], inheritable=False)
+
+    def take(self) -> Taken | None:
+        """The next connection or datagram: (server, request, peer). None when this worker is to take no more."""
+        return self._take_one() if self._wait is None else self._take_of_several()
+
+    def _take_one(self) -> Taken | None:
+        ((server, take),) = self._takers.values()
+        while True:
+            try:
+                request, peer = take()
+            except OSError as error:
+                if self.over(error):
+                    return None
+                continue
+            return server, request, peer
+
+    def over(self, error: OSError) -> bool:
+        """Whether this error of a blocking take is the end. If not, do about it what can be done."""
+        worker = self._worker
+        if worker.draining or worker.pool_drains:
+            if error.errno in _OVER:
+                worker.draining = True
+                return True
+        elif error.errno in _BROKEN:
+            raise error  # the program closed or shut down the listener under us; asking again would only spin
+        if error.errno == errno.EAGAIN:
+            # Somebody else made the shared listener non-blocking; wait as an accept would have.
+            selector = selectors.DefaultSelector()
+            selector.register(self.fds[0], selectors.EVENT_READ)
+            selector.select(1.0)
+            selector.close()
+        elif error.errno in FULL:
+            self.say_full(error)
+            time.sleep(PAUSE)
+        # ECONNABORTED, EPROTO, a failed handshake: that client is gone, the next one is not.
+        return False
+
+    def say_full(self, error: OSError) -> None:
+        """Log, at most once a second, that the system has no room for another connection."""
+        now = monotonic()
+        if now - self._said >= 1.0:
+            self._said = now
+            log.warning("worker %d cannot accept: %s; it pauses and tries again", self._worker.slot, error.strerror)
+
+    # -- several listeners -----------------------------------------------------------------------------------------
+
+    def _take_of_several(self) -> Taken | None:
+        assert self._wait is not None
+        while not self._worker.draining:
+            while self._ready and not self._worker.draining:
+                if taken := self._taken_from(self._ready.pop()):
+                    return taken
+            if not self._worker.draining:
+                self._ready = [fd for fd in self._wait() if fd in self._takers]
+        return self._last()
+
+    def _last(self) -> Taken | None:
+        """A wake-up that the kernel gave to this worker alone must not be lost with it: look once more."""
+        if self._looks is None:
+            self._looks = [[fd, self.last_look()] for fd in self.fds]
+        while self._looks:
+            one = self._looks[-1]
+            one[1] -= 1
+            taken = self._taken_from(one[0]) if one[1] >= 0 else None
+            if taken:
+                return taken
+            self._looks.pop()
+        return None
+
+    def last_look(self) -> int:
+        """How many a worker that leaves may still take from a listener: when the whole pool stops, all there are."""
+        return sys.maxsize if self._worker.pool_drains else _LAST_LOOK
+
+    def _taken_from(self, fd: int) -> Taken | None:
+        try:
+            taken = self.try_take(fd)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.say_full(error)
+            time.sleep(PAUSE)
+            return None
+        if taken and self._epoll is not None:
+            self.step_back(self._epoll, fd)
+        return taken
+
+    _epoll: "select.epoll | None" = None
+
+    def _waiter(self) -> tuple[Callable[[], list[int]], Callable[[], None]]:
+        """A wait over all listeners, and what ends it, whenever it is called."""
+        receiver, sender = os.pipe()
+        os.set_blocking(sender, False)
+
+        def wake() -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.write(sender, b"\0")
+
+        if _EXCLUSIVE:
+            self._epoll = epoll = select.epoll()
+            self.poll_with(epoll)
+            epoll.register(receiver, select.EPOLLIN)
+            return (lambda: [fd for fd, _ in epoll.poll()]), wake
+        selector = selectors.DefaultSelector()
+        for fd in [*self.fds, receiver]:
+            selector.register(fd, selectors.EVENT_READ)
+        return (lambda: [key.fd for key, _ in selector.select()]), wake
+
+    # -- for loops of one's own ------------------------------------------------------------------------------------
+
+    def poll_with(self, epoll: "select.epoll") -> None:
+        """Wait for the listeners with an epoll of one's own, so that one connection wakes one worker."""
+        for fd in self.fds:
+            os.set_blocking(fd, False)
+            epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
+
+    def poll_without(self, epoll: "select.epoll") -> None:
+        """Wait for them no more."""
+        for fd in self.fds:
+            epoll.unregister(fd)
+
+    def step_back(self, epoll: "select.epoll", fd: int) -> None:
+        """After a take: let every other worker have its turn first."""
+        epoll.unregister(fd)
+        epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
+
+    def try_take(self, fd: int) -> Taken | None:
+        """One connection or datagram from a listener that was readable; None where somebody else was faster.
+
+        Raises
+        ------
+        OSError
+            EMFILE, ENFILE, ENOBUFS, ENOMEM (all in `FULL`): wait `PAUSE` seconds, `say_full()`. Others: the program has
+            closed the listener.
+        """
+        server, take = self._takers[fd]
+        try:
+            request, peer = take()
+        except OSError as error:
+            if error.errno in FULL or (error.errno in _BROKEN and not self._worker.draining):
+                raise
+            return None
+        return server, request, peer
+
+
+def _listener(server: Any) -> socket.socket:
+    found: socket.socket = server.socket
+    return found
+
+
+def stock(server: Any) -> bool:
+    """Whether `get_request` is socketserver's own."""
+    return "get_request" not in vars(server) and type(server).get_request in (
+        socketserver.TCPServer.get_request,
+        socketserver.UDPServer.get_request,
+    )
+
+
+def has_plain_peers(server: Any) -> bool:
+    return stock(server) and server.socket.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def taker(server: Any, board: scoreboard.Slot) -> Take:
+    """The cheapest call that does what the server's `get_request()` does."""
+    get_request: Take = server.get_request
+    listener = server.socket
+    if listener.type == socket.SOCK_DGRAM:
+        return _datagrams(server, board)
+    if not stock(server) or type(listener) is not socket.socket:
+        return get_request  # overridden, or a TLS listener
+    if sys.platform == "linux" and socket.getdefaulttimeout() is None:
+        # socket.accept() asks for family and type as enums, 0.85 us each, at every call. The new socket is blocking:
+        # on Linux it inherits nothing.
+        accept, make = listener._accept, socket.socket  # type: ignore[attr-defined]
+        family, kind, proto = int(listener.family), int(listener.type), listener.proto
+
+        def fast() -> tuple[Any, Any]:
+            fd, peer = accept()
+            return make(family, kind, proto, fd), peer
+
+        return fast
+
+    def plain() -> tuple[Any, Any]:
+        request, peer = get_request()
+        # Elsewhere it inherits O_NONBLOCK from a listener that is being drained.
+        request.settimeout(socket.getdefaulttimeout())
+        return request, peer
+
+    return plain
+
+
+def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
+    """Receiving and answering need a descriptor each: leaving replaces the one that is received from, while a handler
+    may be about to answer."""
+    listener = server.socket
+    # Not `listener.dup()`: that sets the timeout anew, and with it undoes the O_NONBLOCK of a stop, for every worker.
+    answers = socket.socket(listener.family, listener.type, listener.proto)
+    os.dup2(listener.fileno(), answers.fileno(), inheritable=False)
+    local = listener.family == socket.AF_UNIX
+    if stock(server):
+        server.socket = answers
+        receive = listener.recvfrom
+
+        def plain() -> tuple[Any, Any]:
+            data, peer = receive(server.max_packet_size)
+            if local and not data and not peer and board.pool_drains:
+                raise BlockingIOError(errno.EAGAIN, "shut down")  # what SHUT_RD makes of a waiting recvfrom
+            return (data, answers), peer
+
+        return plain
+    get_request = server.get_request
+
+    def overridden() -> tuple[Any, Any]:
+        request, peer = get_request()
+        if isinstance(request, tuple) and len(request) == 2 and request[1] is listener:
+            request = request[0], answers
+        return request, peer
+
+    return overridden
