@@ -5,7 +5,8 @@
  *
  * echo: 64 fresh bytes must come back as they were, followed (TCP) by the end of the connection.  tag: the same, then 8
  * bytes with the pid that served, which are counted.  fixed: a line is sent and the reply given must come back.
- * Prints one JSON object: checked replies, replies inside the time, faults, and the replies of each pid.
+ * Prints one JSON object: checked replies, replies inside the time, faults, the replies of each pid, and the median and
+ * the 99th percentile of the time from connect to the last byte, in milliseconds, of the first million replies.
  *
  * In C because a Python client costs more than the servers that it would measure.
  */
@@ -22,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAYLOAD = 64, ROOM = 256, PIDS = 4096, PATIENCE_SECONDS = 5 };
+enum { PAYLOAD = 64, ROOM = 256, PIDS = 4096, PATIENCE_SECONDS = 5, TIMES = 1000000 };
 
 struct client {
     int fd;
@@ -37,6 +38,7 @@ static const char *mode, *fixed_request, *fixed_reply;
 static struct { int64_t pid; long count; } served[PIDS];
 static long good, good_in_time, bad, waiting;
 static double end;
+static float times[TIMES]; /* milliseconds, of the first good replies */
 
 static double now(void)
 {
@@ -122,6 +124,8 @@ static void finish(struct client *c, int failed)
     if (failed || !reply_is_right(c))
         bad++;
     else {
+        if (good < TIMES)
+            times[good] = (now() - c->started) * 1e3;
         good++;
         good_in_time += now() < end;
     }
@@ -147,12 +151,20 @@ static void receive(struct client *c)
     finish(c, 1);
 }
 
+static int by_size(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
 static void print_result(double seconds)
 {
     const char *comma = "";
+    long kept = good < TIMES ? good : TIMES;
 
-    printf("{\"good\": %ld, \"good_in_time\": %ld, \"bad\": %ld, \"seconds\": %g, \"pids\": {", good, good_in_time,
-           bad, seconds);
+    qsort(times, kept, sizeof *times, by_size);
+    printf("{\"good\": %ld, \"good_in_time\": %ld, \"bad\": %ld, \"seconds\": %g, \"p50\": %g, \"p99\": %g, \"pids\": {",
+           good, good_in_time, bad, seconds, kept ? times[kept / 2] : 0, kept ? times[kept * 99 / 100] : 0);
     for (int i = 0; i < PIDS; i++)
         if (served[i].count) {
             printf("%s\"%lld\": %ld", comma, (long long)served[i].pid, served[i].count);

@@ -257,6 +257,8 @@ class Load:
     good: int
     rate: float
     pids: dict[int, int]
+    p50: float  # milliseconds
+    p99: float
 
 
 @contextmanager
@@ -272,7 +274,7 @@ def load(
         if told["bad"] or not told["good"]:
             raise Wrong(f"{server.name}: {told['bad']} of {told['bad'] + told['good']} replies wrong or missing")
         pids = {int(pid): count for pid, count in told["pids"].items()}
-        return Load(told["good"], told["good_in_time"] / told["seconds"], pids)
+        return Load(told["good"], told["good_in_time"] / told["seconds"], pids, told["p50"], told["p99"])
 
     try:
         yield result
