@@ -1,6 +1,9 @@
 """Programs that do what nobody thought of: each of these has once cost a request, a worker or the pool."""
 
+import signal
 import socket
+import textwrap
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 
 import prefork
 from programs2.scripts import Notes, Start, hold, launch, noted, rest
-from support import patterns
+from support import patterns, processes, until
 
 
 def test_a_process_of_a_handler_is_no_worker(start: Start) -> None:
@@ -164,4 +167,156 @@ def test_closing_before_the_drain_is_over(start: Start) -> None:
     program.wait_ready(2)
     program.write("close", "")
     assert program.wait_exit(5).code == 0
+    program.finish()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_process_that_a_handler_left_holds_no_port(start: Start, notes: Notes, kind: str) -> None:
+    """A process that a handler, or `setup()`, forked may outlive the pool: the address is free all the same."""
+    body = """
+        from prefork.workers.sync import SyncWorker
+
+        class Forks(prefork.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(100)
+                leave_one()
+
+        class Early(SyncWorker):
+            def setup(self):
+                leave_one()
+
+        def leave_one():
+            if os.fork() == 0:
+                note(f"left {os.getpid()}")
+                pass_gate("go")
+                os._exit(0)
+
+        class Pool(prefork.PreforkTCPServer if KIND == "tcp" else prefork.PreforkUnixStreamServer):
+            workers = 1
+            worker_class = Early
+            allow_reuse_port = False
+
+        with Pool(("127.0.0.1", 0) if KIND == "tcp" else str(RUN / "s"), Forks) as server:
+            address = server.server_address
+            server.serve_forever()
+        try:
+            Pool(address, Forks).server_close()
+            note("again free")
+        except OSError as error:
+            note(f"again {error}")
+        """
+    program = launch(start, f"KIND = {kind!r}\n" + textwrap.dedent(body)).ready()
+    with ExitStack() as stack:
+        assert rest(hold(program.address, stack, "")) == b""
+    noted(notes, "left", 2)
+    program.send(signal.SIGTERM)
+    assert noted(notes, "again") == ["free"]
+    program.write("go", "")
+    assert program.wait_exit().code == 0
+    program.finish()
+
+
+def test_a_fork_that_comes_back_from_its_handler_ends(start: Start, notes: Notes) -> None:
+    """A child that a handler forks and that returns is no second worker: it answers its client, and takes no other."""
+    program = launch(
+        start,
+        """
+        class Forks(prefork.BaseRequestHandler):
+            def handle(self):
+                if self.request.recv(100).strip() == b"fork" and os.fork() == 0:
+                    note(f"child {os.getpid()}")
+                self.request.sendall(b"%d" % os.getpid())
+
+        class Pool(prefork.PreforkTCPServer):
+            workers = 1
+
+        with Pool(("127.0.0.1", 0), Forks) as server:
+            server.serve_forever()
+        """,
+        allow=[patterns.ANYTHING],
+    ).ready()
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        rest(hold(program.address, stack, "", identity="fork"))
+    (child,) = map(int, noted(notes, "child"))
+    until(lambda: not processes.alive(child), 5.0, "the child has ended")
+    for _ in range(10):
+        with ExitStack() as stack:
+            assert rest(hold(program.address, stack, "")) == str(worker).encode()
+    program.stop()
+    program.finish()
+
+
+def test_children_of_a_handlers_process_are_its_own(start: Start, notes: Notes) -> None:
+    """What a process that a handler forked sets and opens is inherited by its own children as without prefork."""
+    program = launch(
+        start,
+        """
+        def heard(*_):
+            note(f"heard {os.getpid()}")
+            os._exit(0)
+
+        class Forks(prefork.BaseRequestHandler):
+            def handle(self):
+                child = os.fork()
+                if child:
+                    os.waitpid(child, 0)
+                    return
+                os.closerange(3, 256)
+                signal.signal(signal.SIGTERM, heard)
+                files = [os.open(HOME / "app.py", os.O_RDONLY) for _ in range(64)]
+                grandchild = os.fork()
+                if grandchild:
+                    os.waitpid(grandchild, 0)
+                    os._exit(0)
+                note(f"intact {sum(os.fstat(fd).st_size > 0 for fd in files)}")
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(1)
+
+        class Pool(prefork.PreforkTCPServer):
+            workers = 1
+
+        with Pool(("127.0.0.1", 0), Forks) as server:
+            server.serve_forever()
+        """,
+    ).ready()
+    with ExitStack() as stack:
+        assert rest(hold(program.address, stack, "")) == b""
+    assert noted(notes, "intact") == ["64"]
+    assert len(noted(notes, "heard")) == 1
+    program.stop()
+    program.finish()
+
+
+@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGHUP])
+def test_a_listener_that_somebody_makes_non_blocking(start: Start, order: signal.Signals) -> None:
+    """A handler, or whoever shares the listener, may make it non-blocking: idle workers leave as soon as otherwise."""
+    program = launch(
+        start,
+        """
+        class Careless(prefork.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(100)
+                os.set_blocking(self.server.fileno(), False)
+                self.request.sendall(b"%d" % os.getpid())
+
+        class Pool(prefork.PreforkTCPServer):
+            workers = 2
+
+        with Pool(("127.0.0.1", 0), Careless) as server:
+            server.serve_forever()
+        """,
+    ).ready()
+    workers = program.wait_ready(2)
+    for _ in range(4):
+        with ExitStack() as stack:
+            assert int(rest(hold(program.address, stack, ""))) in workers
+    begun = time.monotonic()
+    program.send(order)
+    if order is signal.SIGHUP:
+        program.wait_ready(2, without=workers)
+    else:
+        program.wait_exit()
+    assert time.monotonic() - begun < 0.75  # it was a whole second for each
+    program.stop()
     program.finish()

@@ -109,11 +109,11 @@ class Acceptor:
         elif error.errno in _BROKEN:
             raise error  # the program closed or shut down the listener under us; asking again would only spin
         if error.errno == errno.EAGAIN:
-            # Somebody else made the shared listener non-blocking; wait as an accept would have.
-            selector = selectors.DefaultSelector()
-            selector.register(self.fds[0], selectors.EVENT_READ)
-            selector.select(1.0)
-            selector.close()
+            # Somebody else made the shared listener non-blocking; wait as an accept would have. A poll asks by number:
+            # the /dev/null of a retirement ends it. The end of the whole pool does not, so it looks up now and then.
+            poll = select.poll()
+            poll.register(self.fds[0], select.POLLIN)
+            poll.poll(PAUSE * 1000)
         elif error.errno in FULL:
             self.say_full(error)
             time.sleep(PAUSE)

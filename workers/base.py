@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import socketserver
 import sys
 import threading
@@ -132,6 +133,7 @@ class Worker:
         self.draining = False
         self._seat = seat
         self._forking = threading.local()  # the signal mask of a thread that forks
+        self._disowned = False  # in a child that the program forked from this worker
         self._board = seat.board
         self._uplink = lifeline.Uplink(seat.uplink_write)
         self._worn = False
@@ -388,14 +390,26 @@ class Worker:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
 
     def _disown(self) -> None:
-        """In a child that the program forks from a worker: it is no worker, and must not speak or write as one."""
+        """In a child that the program forks from a worker: it is no worker, and must not speak, write or accept as one.
+
+        A listener that it kept would hold the port for as long as it lives, after the pool has stopped. The one of
+        datagrams stays: the answers go through it.
+        """
+        if self._disowned:  # a child of such a child: handlers and descriptors are its own by now
+            self._free_signals()
+            return
+        self._disowned = True
         for one in _OWN:
             signal.signal(one, signal.SIG_DFL)
         self._free_signals()
         self._board = scoreboard.Slot.detached()
+        servers: Sequence[Any] = self.servers
+        streams = [one.socket.fileno() for one in servers if one.socket_type == socket.SOCK_STREAM]
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            os.dup2(null, self._uplink.fd, inheritable=False)
+            for fd in [self._uplink.fd, *streams]:
+                if fd >= 0:  # a listener that the program has closed
+                    os.dup2(null, fd, inheritable=False)
             os.close(null)
 
     def _on_reopen(self, signum: int, frame: types.FrameType | None) -> None:
@@ -405,10 +419,10 @@ class Worker:
 
     def live(self) -> int:
         """From ready to the last line. Returns the exit code."""
+        os.register_at_fork(before=self._hold_signals, after_in_parent=self._free_signals, after_in_child=self._disown)
         self.setup()
         if self.draining:
             return 0
-        os.register_at_fork(before=self._hold_signals, after_in_parent=self._free_signals, after_in_child=self._disown)
         self._ready = True
         self._board.set_phase(Phase.SERVING)
         self._uplink.say(lifeline.READY)
