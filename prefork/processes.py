@@ -156,6 +156,12 @@ def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> i
     OSError
         EAGAIN or ENOMEM, where the system refuses.
     """
+    # The filters of warnings and the collector belong to the process, not to one of the threads that may fork here.
+    with undivided():
+        return _fork(main, freeze)
+
+
+def _fork(main: Callable[[Callable[[], None]], int], freeze: bool) -> int:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     # Unless the program froze its heap itself. A few hundred objects are frozen by the interpreter as it starts (3.12).
     thaw = freeze and gc.get_freeze_count() < 1000
@@ -169,8 +175,7 @@ def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> i
             # Since 3.12 a fork beside other threads warns, which is an exception where warnings are errors. The master
             # says it once and by name instead (`threads_left_behind`).
             warnings.simplefilter("ignore", DeprecationWarning)
-            with undivided():
-                pid = os.fork()
+            pid = os.fork()
         if pid == 0:
             if collecting:
                 gc.enable()

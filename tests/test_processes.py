@@ -1,5 +1,6 @@
 """Fork, wait and kill: what a child inherits, what it does not, and what its parent keeps."""
 
+import contextlib
 import gc
 import os
 import select
@@ -7,6 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -241,6 +243,23 @@ def test_no_fork_comes_between() -> None:
     assert forked.wait(10)
     thread.join()
     assert collect(children[0])[0] == 0
+
+
+def test_forks_of_two_threads_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fork changes for its time, the filters of warnings and the collector, is the process's: one at a time."""
+    both = threading.Barrier(2)
+
+    def fork() -> int:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.1)
+            raise AssertionError("two at once")
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with ThreadPoolExecutor(2) as threads:
+        ends = [threads.submit(processes.fork, lambda unblock: 0) for _ in range(2)]
+        assert [type(one.exception()) for one in ends] == [BlockingIOError] * 2
+    assert gc.isenabled()
 
 
 def test_no_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
