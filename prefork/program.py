@@ -100,7 +100,7 @@ def find(target: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ProgramError(f"there is no module {error.name!r} in {os.getcwd()} or on the module path") from None
+            raise ProgramError(f"there is no module {error.name!r} in {_here()} or on the module path") from None
         raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
     except BaseException:
         raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
@@ -120,8 +120,16 @@ def find(target: str) -> Any:
 
 def _find_here() -> None:
     """Have modules of the current directory found."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    with contextlib.suppress(FileNotFoundError):  # it was removed, by a deploy perhaps
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "the current directory (which was removed)"
 
 
 def build(target: str, binds: Sequence[Bind], kind: type[Worker] | None = None) -> list[Any]:
@@ -158,6 +166,10 @@ def build(target: str, binds: Sequence[Bind], kind: type[Worker] | None = None) 
         if not issubclass(found, server.PreforkMixIn):
             found = type(found.__name__, (server.PreforkMixIn, found), {})
         return [_made(found, bind, getattr(found, "RequestHandlerClass", None)) for bind in binds]
+    if isinstance(found, socketserver.BaseServer):
+        if binds:
+            raise OptionError(f"{target} is a server that has an address already; leave -b out")
+        return [found]
     if not callable(found):
         raise ProgramError(
             f"{target} is {found!r}: no handler class, no server class, and no callable that returns a server"
@@ -193,7 +205,10 @@ def _called(factory: Callable[..., Any], target: str, bind: Bind | None) -> list
         inspect.signature(factory).bind(*([] if bind is None else [bind.address]))
     except TypeError:
         how = "without an address (leave -b out)" if bind is not None else "with an address (add -b)"
-        raise OptionError(f"{target} must be called {how}") from None
+        raise OptionError(
+            f"{target} must be called {how}, if it makes servers; if it is an application, name its kind of workers "
+            "(--worker-class wsgi or asgi)"
+        ) from None
     except ValueError:
         pass  # a builtin tells nothing about its parameters
     made = factory() if bind is None else factory(bind.address)

@@ -74,7 +74,7 @@ def worker_class(wanted: object) -> type[Worker]:
     found = wanted
     if isinstance(wanted, str):
         module, colon, name = _reference(wanted).partition(":")
-        if not colon:
+        if not (colon and module and name) or module.startswith("."):
             known = ", ".join(CLASSES)
             raise OptionError(
                 f"worker_class: there is no {wanted!r}; use {known}, MODULE:NAME, or a name that an installed package "

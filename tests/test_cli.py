@@ -61,6 +61,15 @@ def make_pair():
 def make_nothing():
     return None
 
+def make_handler():
+    return Versioned
+
+def make_trouble():
+    raise LookupError("no database")
+
+def application(environ, start_response):
+    return []
+
 class Nested:
     Inside = Versioned
 
@@ -151,13 +160,18 @@ def test_several_addresses(start: Start) -> None:
         ("make", [TCP], 3),
         ("make_own", [], 3),
         ("make_pair", [], 3),
+        ("make_own()", [], 3),
+        ("made", [], 3),
+        ("make_handler()", [TCP], 2),
         ("functools_partial", [], 3),
     ],
 )
 def test_names(start: Start, name: str, binds: list[str], workers: int) -> None:
-    """NAME is a handler, a server class (of prefork or not), or a callable that returns servers; their settings
-    count."""
+    """NAME is a handler, a server class (of prefork or not), a server, or a callable that returns servers; NAME() is
+    what a call of it returns. Their settings count."""
     app = APP + "\nimport functools\nfunctools_partial = functools.partial(make, ('127.0.0.1', 0))\n"
+    if name == "made":
+        app += "\nmade = make_own()\n"
     arguments: list[object] = [f"app:{name}"]
     for bind in binds:
         arguments += ["-b", bind]
@@ -242,6 +256,11 @@ def test_titles(start: Start) -> None:
         (["app:Versioned", "-b", TCP, "--worker-class", "nothing"], 2, "worker_class"),
         (["app:Versioned", "-b", TCP, "--worker-class", "app:number"], 2, "worker_class"),
         (["app:Versioned", "-b", TCP, "--worker-class", "nowhere:Worker"], 2, "worker_class"),
+        (["app:Versioned", "-b", TCP, "--worker-class", ":Worker"], 2, "worker_class"),
+        (["app:Versioned", "-b", TCP, "--worker-class", "app:"], 2, "worker_class"),
+        (["app:Versioned", "-b", TCP, "--worker-class", ".app:Worker"], 2, "worker_class"),
+        (["app:make_own()", "-b", TCP], 2, "leave -b out"),
+        (["app:application", "-b", TCP], 2, "--worker-class"),
         (["app:nothing", "-b", TCP], 4, "nothing"),
         (["app:number", "-b", TCP], 4, "7"),
         (["app:make_nothing"], 4, "None"),
@@ -307,6 +326,29 @@ def test_import_errors(tmp_path: Path, fault: str, says: str) -> None:
     assert err.startswith("prefork: error: app:Versioned: ") and says in err
     files = re.findall(r'File "([^"]+)"', err)
     assert files and all(name == str(tmp_path / "app.py") for name in files), err
+
+
+def test_a_factory_that_raises(tmp_path: Path) -> None:
+    """What NAME() raises is shown as an import's trouble is: exit code 4, the program's own traceback."""
+    code, _, err = run(tmp_path, "app:make_trouble()", "-b", TCP)
+    assert code == 4 and "LookupError: no database" in err, err
+    assert re.findall(r'File "([^"]+)"', err) == [str(tmp_path / "app.py")], err
+
+
+def test_a_directory_that_was_removed(tmp_path: Path) -> None:
+    """A working directory that is gone only matters to a program that lies in it."""
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "place"
+    elsewhere.mkdir()
+    (elsewhere / "there.py").write_text("number = 7\n")
+    for name, says in (("there:number", "there:number is 7"), ("app:number", "no module 'app'")):
+        place.mkdir()
+        inside = f"import runpy, shutil, sys; shutil.rmtree({str(place)!r}); sys.path[0] = {str(elsewhere)!r}"
+        (place / "app.py").write_text("number = 7\n")
+        done = subprocess.run(
+            [sys.executable, "-c", f"{inside}; runpy.run_module('prefork', run_name='__main__')", name, "-b", TCP],
+            cwd=place, capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+        assert done.returncode == 4 and says in complaint(done.stderr), done.stderr
 
 
 def test_import_that_hangs(tmp_path: Path) -> None:
@@ -564,15 +606,27 @@ def test_stops_with_zero(start: Start, notes: Notes, number: signal.Signals) -> 
     program.finish()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_the_program_is_imported(start: Start, number: signal.Signals) -> None:
-    """A stop that is ordered while the program is still being imported ends the command at once, and leaves nothing."""
-    program = command(
-        start, "app:Versioned", "-b", TCP, app="import threading\nthreading.Event().wait()\n", allow=[patterns.ANYTHING]
-    )
+IGNORING = """
+import os, runpy, signal
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+runpy.run_module("prefork", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_signal_while_the_program_is_imported(start: Start, number: signal.Signals, ignored: bool) -> None:
+    """A stop that is ordered while the program is still being imported ends the command at once, and leaves nothing;
+    also where it was started with these signals ignored, as a shell does in the background."""
+    program = start(
+        "{work}/ignoring.py" if ignored else "prefork", "app:Versioned", "-b", TCP,
+        files={"ignoring.py": IGNORING, "app.py": "import threading\nthreading.Event().wait()\n"},
+        allow=[patterns.ANYTHING],
+    )  # fmt: skip
     until(lambda: any(title(pid) == "prefork: scout" for pid in program.children()), 10, "the import began")
     program.send(number)
-    assert program.wait_exit(2).code in (-signal.SIGTERM, 130, 0)
+    assert program.wait_exit(2).code in (-number, 130)
     program.finish(code=None)
 
 
