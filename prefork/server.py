@@ -15,6 +15,7 @@ from typing import Any
 
 import prefork.lifeline as lifeline
 import prefork.listeners as listeners
+import prefork.workers.chain as chain
 from prefork.options import Options, Settings
 from prefork.reports import WorkerExit
 from prefork.service import Service, check, renewed, service_of
@@ -177,10 +178,14 @@ class PreforkMixIn(Settings):
                 if deadline is not None and time.monotonic() >= deadline:
                     self.handle_timeout()
                     return
+        deferred = chain.defer_handshake(self)  # to the worker: a client that is silent in it must not hold the caller
         try:
             request, peer = self.get_request()
         except OSError:
             return
+        finally:
+            if deferred:
+                self.socket.do_handshake_on_connect = True  # type: ignore[attr-defined]
         pool.serve_single(self, options, request, peer)
 
     def handle_timeout(self) -> None:

@@ -339,8 +339,7 @@ class _Single(SyncWorker):
         server: Any = self.server
         if server.socket_type == socket.SOCK_STREAM:
             server.socket.close()
-        if chain.hands_over(server):
-            chain.follow(self, server)
+        chain.follow(self, server)
         self.serve_request(server, *self.request)
         self.finish()
 

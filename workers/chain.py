@@ -58,7 +58,7 @@ def follow(worker: Accounts, server: Any) -> bool:
     accept it would hold the worker, and no deadline would be running. A client that fails in it is dropped, as an
     accept would have done.
     """
-    secure = _defer_handshake(server)
+    secure = defer_handshake(server)
     if not (secure or hands_over(server)):
         return False
     finish, shutdown = server.finish_request, server.shutdown_request
@@ -113,7 +113,7 @@ def failed(server: Any, request: Any, peer: Any) -> None:
         server.shutdown_request(request)
 
 
-def _defer_handshake(server: Any) -> bool:
+def defer_handshake(server: Any) -> bool:
     """Whether the listener speaks TLS; its accept then leaves the handshake to whoever serves."""
     listener = server.socket
     if not ("get_request" not in vars(server) and type(server).get_request is socketserver.TCPServer.get_request):
