@@ -1,0 +1,79 @@
+"""What a busy machine takes by itself: the control of the tests that measure.
+
+A promise such as "within 100 ms" is one of the program, not of a machine on which other work waits for the same cores.
+Beside the measurements stands what a process without prefork takes to end, in the same minute: the limit is that of the
+promise, or ten times that. A machine that is free needs 5 ms for it, so that nothing changes there.
+"""
+
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from .waiting import until
+
+# Four children that wait; on TERM they are told, waited for, and the interpreter ends as any does.
+BARE = """
+import os, signal, sys
+
+children = []
+
+def leave(*_):
+    for pid in children:
+        os.kill(pid, signal.SIGTERM)
+    for pid in children:
+        os.waitpid(pid, 0)
+    sys.exit(0)
+
+for _ in range(4):
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            signal.pause()
+    children.append(pid)
+signal.signal(signal.SIGTERM, leave)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+TIMES = 10
+
+
+def bare_stop() -> float:
+    """Seconds from TERM to the end of a bare process with four children, now."""
+    with subprocess.Popen([sys.executable, "-c", BARE], stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        until(lambda: process.poll() is not None, 30.0, "the bare process ends", every=0.002)
+        seconds = time.monotonic() - begun
+    assert process.returncode == 0
+    return seconds
+
+
+class Times:
+    """Measurements of one thing, beside their control: each of the first ten, then every tenth."""
+
+    def __init__(self, control: Callable[[], float] = bare_stop) -> None:
+        self.seconds: list[float] = []
+        self.controls: list[float] = []
+        self._control = control
+
+    def append(self, seconds: float) -> None:
+        if len(self.seconds) < 10 or len(self.seconds) % 10 == 0:
+            self.controls.append(self._control())
+        self.seconds.append(seconds)
+
+    def check(self, median: float, worst: float) -> None:
+        """The median and the longest are within these seconds, or within ten times those of the control."""
+        slow = TIMES * statistics.median(self.controls)
+        assert statistics.median(self.seconds) <= max(median, slow), str(self)
+        assert max(self.seconds) <= max(worst, slow, TIMES * max(self.controls)), str(self)
+
+    def __str__(self) -> str:
+        def row(numbers: Sequence[float]) -> str:
+            return " ".join(f"{number * 1000:.0f}" for number in numbers)
+
+        return f"ms: {row(self.seconds)}; control: {row(self.controls)}"
