@@ -927,6 +927,41 @@ def test_several_listeners(start: Start, notes: Notes) -> None:
     program.finish()
 
 
+def test_connections_at_once_wake_as_many_workers(start: Start, notes: Notes) -> None:
+    """Of two that arrive together at two listeners, none waits for the request of the other while a worker is idle."""
+    program = launch(
+        start,
+        """
+        class First(prefork.PreforkTCPServer):
+            workers = 2
+
+        with (
+            First(("127.0.0.1", 0), Handler) as one,
+            prefork.PreforkUnixStreamServer(str(RUN / "s"), Handler) as two,
+        ):
+            prefork.serve(one, two)
+        """,
+    ).ready()
+    program.wait_ready(2)
+    everywhere = os.sched_getaffinity(0)
+    one = {min(everywhere)}  # on one core both have arrived before a worker runs
+    try:
+        for pid in (0, *program.children()):
+            os.sched_setaffinity(pid, one)
+        for turn in range(20):
+            with ExitStack() as stack:
+                clients = [stack.enter_context(dial(address, 20)) for address in program.addresses]
+                for client in clients:
+                    client.sendall(f"x gate go-{turn}\n".encode())
+                noted(notes, "begun", 2 * (turn + 1))
+                program.write(f"go-{turn}", "")
+                assert all(rest(client).endswith(b":x:done\n") for client in clients)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    program.stop()
+    program.finish()
+
+
 def test_two_pools_in_one_process(start: Start, notes: Notes) -> None:
     """Two servers in two threads are two pools: each has its own workers, and one stops without the other."""
     program = launch(

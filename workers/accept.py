@@ -13,6 +13,10 @@ Several listeners, or a loop that waits for other things too: the listeners are 
 epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request. The kernel asks exclusive waiters in the order in
 which they came and stops at the first that waits; one that never moved would get everything (Jain's index 0.02). So a
 worker that took something goes to the end of that line: it takes the listener out of its epoll and puts it back.
+
+What an epoll reports is taken in its order. The first is what woke this worker, and nobody else; for the others, which
+came before it ran, the kernel has asked somebody else as well. The other way round that one finds nothing and sleeps
+again, and the first waits for as long as this worker is busy.
 """
 
 import contextlib
@@ -133,7 +137,7 @@ class Acceptor:
         assert self._wait is not None
         while not self._worker.draining:
             while self._ready and not self._worker.draining:
-                if taken := self._taken_from(self._ready.pop()):
+                if taken := self._taken_from(self._ready.pop(0)):
                     return taken
             if not self._worker.draining:
                 self._ready = [fd for fd in self._wait() if fd in self._takers]
@@ -193,7 +197,10 @@ class Acceptor:
     # -- for loops of one's own ------------------------------------------------------------------------------------
 
     def poll_with(self, epoll: "select.epoll") -> None:
-        """Wait for the listeners with an epoll of one's own, so that one connection wakes one worker."""
+        """Wait for the listeners with an epoll of one's own, so that one connection wakes one worker.
+
+        Take in the order of its report, and at least the first: for that one nobody else was woken.
+        """
         for fd in self.fds:
             os.set_blocking(fd, False)
             epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
