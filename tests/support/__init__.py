@@ -6,7 +6,7 @@ Every process that is ended is one that a test started (its session is the mark)
 
 from . import patterns
 from .clients import Address, Reply, ask, converse, dial, pids_serving, queue_up
-from .control import Times
+from .control import Times, within
 from .ledger import Ledger, Load, Loss, Tally, account
 from .processes import Process, children, descriptors, private_memory, session, state, title
 from .program import PROGRAMS, Exit, Program
@@ -39,4 +39,5 @@ __all__ = [
     "state",
     "title",
     "until",
+    "within",
 ]

@@ -39,6 +39,7 @@ while True:
     signal.pause()
 """
 TIMES = 10
+IDLE = 0.01  # seconds that it takes at most on a machine that is free
 
 
 def bare_stop() -> float:
@@ -51,6 +52,14 @@ def bare_stop() -> float:
         seconds = time.monotonic() - begun
     assert process.returncode == 0
     return seconds
+
+
+def within(seconds: float, limit: float) -> None:
+    """A single measurement is within its limit; or the machine, measured at once, is as much slower as explains it."""
+    if seconds > limit:
+        controls = [bare_stop() for _ in range(7)]
+        slow = TIMES * max(0.0, statistics.median(controls) - IDLE)
+        assert seconds <= limit + slow, f"{seconds:.3f} s, not {limit:g} s; control: {controls}"
 
 
 class Times:
