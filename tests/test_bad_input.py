@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import socketserver
 import stat
@@ -411,6 +412,40 @@ def test_datagram_from_nobody(start: Start) -> None:
             sock.send(data)
     pids_serving(program.address, 2)
     assert program.wait_ready(2) == workers
+    program.finish()
+
+
+@pytest.mark.parametrize("loop", ["server.serve_forever()", "prefork.serve(server, other)"])
+def test_datagrams_to_a_client_that_does_not_read(start: Start, notes: Notes, loop: str) -> None:
+    """Answers wait for room at a client whose queue is full, also while the pool stops and beside other listeners."""
+    program = launch(
+        start,
+        f"""
+        class Slow(Datagrams):
+            def finish(self):
+                note("answers")
+                super().finish()
+
+        class S(prefork.PreforkUnixDatagramServer):
+            workers = 2
+
+        with S(str(RUN / "s"), Slow) as server, prefork.PreforkUDPServer(("127.0.0.1", 0), Slow) as other:
+            {loop}
+        """,
+    ).ready()
+    (path,) = (address.where for address in program.addresses if address.is_unix)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.bind(str(program.run / "client"))
+        client.settimeout(10)
+        for number in range(13):  # 11 answers fill the queue, and each worker has another in hand
+            client.sendto(f"n{number}\n".encode(), path)
+            noted(notes, "answers", number + 1)
+        program.send(signal.SIGTERM)
+        program.wait_for(patterns.STOPPING)
+        answers = {client.recv(1000).split(b":")[1] for _ in range(13)}
+    assert answers == {b"n%d" % number for number in range(13)}
+    assert program.wait_exit().code == 0
+    os.unlink(program.run / "client")
     program.finish()
 
 

@@ -42,6 +42,7 @@ Taken = tuple[Any, Any, Any]  # server, request, peer
 
 FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PAUSE = 0.05  # seconds without accepting while the system is full
+ROOM = 0.002  # seconds between two looks whether a client has made room for an answer
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
 _BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 _LAST_LOOK = 32  # connections that a leaving worker may still take from each listener that it polls
@@ -280,12 +281,26 @@ def taker(server: Any, board: scoreboard.Slot) -> Take:
     return plain
 
 
+class _Answers(socket.socket):
+    """Waits for room at the receiver, as a blocking socket does. O_NONBLOCK, which it has in common with the listener,
+    means the end of the queue there, or that there are several."""
+
+    def sendto(self, *arguments: Any) -> int:
+        while True:
+            try:
+                return super().sendto(*arguments)
+            except BlockingIOError:
+                if len(arguments) == 3 and arguments[1] & socket.MSG_DONTWAIT:
+                    raise
+                time.sleep(ROOM)  # a poll knows nothing of the queue of a receiver that one is not connected to
+
+
 def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
     """Receiving and answering need a descriptor each: leaving replaces the one that is received from, while a handler
     may be about to answer."""
     listener = server.socket
     # Not `listener.dup()`: that sets the timeout anew, and with it undoes the O_NONBLOCK of a stop, for every worker.
-    answers = socket.socket(listener.family, listener.type, listener.proto)
+    answers = _Answers(listener.family, listener.type, listener.proto)
     os.dup2(listener.fileno(), answers.fileno(), inheritable=False)
     local = listener.family == socket.AF_UNIX
     if stock(server):
