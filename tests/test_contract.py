@@ -25,6 +25,7 @@ import prefork
 from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
 from support import Address, ask, children, descriptors, dial, elapse, patterns, pids_serving, title, until
 from support.clients import hear
+from support.processes import alive
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -958,6 +959,37 @@ def test_connections_at_once_wake_as_many_workers(start: Start, notes: Notes) ->
                 assert all(rest(client).endswith(b":x:done\n") for client in clients)
     finally:
         os.sched_setaffinity(0, everywhere)
+    program.stop()
+    program.finish()
+
+
+def test_a_worker_of_several_listeners_that_leaves_takes_no_queue_with_it(start: Start, notes: Notes) -> None:
+    """A retired worker takes one more from each listener at most, for which it may have been woken alone: a long queue
+    would keep it past graceful_timeout."""
+    program = launch(
+        start,
+        """
+        class First(prefork.PreforkTCPServer):
+            workers = 1
+
+        with First(("127.0.0.1", 0), Handler) as one, First(("127.0.0.1", 0), Handler) as two:
+            prefork.serve(one, two)
+        """,
+    ).ready()
+    (old,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        first = hold(program.address, stack, "gate a")
+        noted(notes, "begun", 1)
+        second = hold(program.address, stack, "gate b")
+        queue = [hold(program.address, stack, "") for _ in range(10)]
+        program.send(signal.SIGTERM, old)
+        noted(notes, "begun", 2)  # by its replacement
+        program.write("a", "")
+        until(lambda: not alive(old), 5.0, "the old worker left")
+        program.write("b", "")
+        pids = [int(rest(client).split(b":")[0]) for client in (first, second, *queue)]
+    assert pids[0] == old != pids[1]
+    assert pids[2:].count(old) <= 1
     program.stop()
     program.finish()
 

@@ -145,9 +145,10 @@ class Acceptor:
         return self._last()
 
     def _last(self) -> Taken | None:
-        """A wake-up that the kernel gave to this worker alone must not be lost with it: look once more."""
+        """A wake-up that the kernel gave to this worker alone must not be lost with it: look once more. Not longer: it
+        serves one after the other, and a long queue would keep it past `graceful_timeout`."""
         if self._looks is None:
-            self._looks = [[fd, self.last_look()] for fd in self.fds]
+            self._looks = [[fd, sys.maxsize if self._worker.pool_drains else 1] for fd in self.fds]
         while self._looks:
             one = self._looks[-1]
             one[1] -= 1
