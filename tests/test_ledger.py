@@ -204,3 +204,55 @@ def test_ipv6(start: Start, ledger: Ledger) -> None:
     assert address.where == "::1"
     assert ask(address).pid in program.children()
     program.finish()
+
+
+SEVERAL = """
+import logging
+import sys
+
+import prefork
+from pool import SERVERS, address
+
+logging.basicConfig(level=logging.INFO, format="%(asctime)s prefork[%(process)d] %(levelname)s: %(message)s")
+servers = []
+for kind, where in map(address, sys.argv[1:]):
+    server_class, handler = SERVERS[kind]
+    servers.append(type("Pool", (server_class,), {"workers": 4})(where, handler))
+prefork.serve(*servers)
+for server in servers:
+    server.server_close()
+"""
+
+
+def test_several_listeners_lose_nothing(start: Start, ledger: Ledger, load: Run) -> None:
+    """One pool on TCP, a Unix path and UDP under 24 clients: reloads, retirements and stops lose nothing at any."""
+
+    def begin(*addresses: object, **options: object) -> Program:
+        program = start("{work}/several.py", *addresses, files={"several.py": SEVERAL}, **options).ready()
+        program.wait_ready(4)
+        return program
+
+    program = begin(TCP, UNIX, "udp://127.0.0.1:0")
+    loads = [load(address, clients=8) for address in program.addresses]
+    for turn in range(10):
+        for clients in loads:
+            clients.more(30)
+        pids = program.wait_ready(4)
+        program.send(signal.SIGTERM, pids[turn % 4])
+        program.wait_children(4, without=[pids[turn % 4]])
+        mark = program.mark
+        program.send(signal.SIGHUP)
+        program.wait_for(patterns.RELOADED, 20, since=mark)
+    tallies = [loads.pop().stop()]  # nobody says to a client of UDP that there is no server
+    addresses = program.addresses
+    for turn in range(5):
+        if turn:
+            program = begin(*addresses, directory=program.directory)
+        for clients in loads:
+            clients.more(100)
+        assert program.stop().code == 0
+        program.finish()
+    tallies += [clients.stop() for clients in loads]
+    for tally in tallies:
+        assert not account(tally, ledger)
+        assert tally.lost == 0, tally
