@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import logging
 import signal
+import types
 from collections.abc import Callable, Sequence
 
 import prefork.listeners as listeners
@@ -58,10 +59,11 @@ def _serve(given: argparse.Namespace) -> int:
     for one in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(one, signal.SIG_IGN)  # until there is a pool to which they mean something
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # free for the program, in the workers; nothing to the master
-    # A shell that starts it in the background has INT and QUIT ignored; the pool would take them over anyway.
+    # Until there is a pool. A shell that starts it in the background has INT and QUIT ignored; process 1 of a container
+    # dies of no signal that it has no handler for.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for one in (signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(one, signal.SIG_DFL)
+        signal.signal(one, _leave)
     flags = {one.name: getattr(given, one.name) for one in declared() if getattr(given, one.name, None) is not None}
     options = Options(flags)
     program = Program(given.program, [Bind.parse(text) for text in given.bind], flags.get("worker_class"))
@@ -71,6 +73,10 @@ def _serve(given: argparse.Namespace) -> int:
         return _run(program, options)
     finally:
         program.close()
+
+
+def _leave(signum: int, frame: types.FrameType | None) -> None:
+    raise SystemExit(0)
 
 
 def _run(program: Program, options: Options) -> int:
