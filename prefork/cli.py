@@ -7,6 +7,7 @@ cannot be imported.
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import types
 from collections.abc import Callable, Sequence
@@ -92,7 +93,13 @@ def _run(program: Program, options: Options) -> int:
 
     base.set_title(f"prefork: master {program.target} {' '.join(names)}")
     running = master.Master(
-        sockets, options, start, _Hooks(), title=" ".join(names), check=lambda: program.trial(options.boot_timeout)
+        sockets,
+        options,
+        start,
+        _Hooks(),
+        title=" ".join(names),
+        check=lambda: program.trial(options.boot_timeout),
+        adopts=os.getpid() == 1,
     )
     try:
         running.run()

@@ -84,6 +84,8 @@ class Master:
         Begins a trial of the program before each reload; None where the program is in this process already.
     use_pidfd
         False forces the portable way of noticing deaths.
+    adopts
+        This is process 1 and has no children but the pool's: collect the orphans that the kernel hands to it.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Master:
         title: str = "",
         check: Callable[[], Check] | None = None,
         use_pidfd: bool = True,
+        adopts: bool = False,
     ) -> None:
         self.listeners, self.options, self.hooks = list(listeners), options, hooks
         self.pool = pool.Pool(options, random.Random())
@@ -104,7 +107,8 @@ class Master:
         self._pipes = processes.pipes()
         self._hands: dict[int, Hand] = {}
         self._asked: collections.deque[Callable[[], None]] = collections.deque()
-        self._inbox = signals.Inbox(SIGNALS)
+        self._adopts = adopts
+        self._inbox = signals.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
         self._attention = policy.Attention()
         self._deadlines = policy.Deadlines(options.request_timeout)
         self._judge_at: float | None = None
@@ -256,6 +260,8 @@ class Master:
     # -- what comes in ---------------------------------------------------------------------------------------------
 
     def _obey(self, one: signal.Signals) -> None:
+        if one is signal.SIGCHLD:
+            return  # it has waked the loop, which looks for exits in each turn
         stopping = self.pool.stopping if self._empty_at is None else Stop.GRACEFUL
         log.info("%s", one.name)
         if one is signal.SIGTERM:
@@ -382,6 +388,8 @@ class Master:
                 self._sweep_at = now + (SWEEP if now - hand.closed_at < TICK else TICK)
             elif hand.child.pidfd is None and self._sweep_at is None:
                 self._sweep_at = now + TICK
+        if self._adopts and (self._check is not None or processes.reap_strangers(self._hands)):
+            self._sweep_at = now + TICK
 
     def _collect(self, hand: Hand, *, try_it: bool) -> bool:
         """Reap one worker if it is over, and say so. Whether it is gone."""

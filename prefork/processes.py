@@ -25,7 +25,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 # What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the
 # former mask one by one, at 230 us a fork with them.
@@ -135,6 +135,19 @@ class Child:
         if self.pidfd is not None:
             close([self.pidfd])
             self.pidfd = None
+
+
+def reap_strangers(ours: Container[int]) -> bool:
+    """For process 1, to which the kernel hands every orphan: collect those that have ended, but none of `ours`.
+
+    Whether one of ours stood in the way: ask again once it is collected.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid in ours:
+                return True
+            os.waitpid(found.si_pid, os.WNOHANG)
+    return False
 
 
 def readable(fd: int) -> bool:

@@ -6,6 +6,7 @@ serves, it is a `Program`.
 
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from programs2.scripts import Notes, Start, hold, noted, path_of_modules, rest
-from support import Program, ask, dial, elapse, patterns, pids_serving, title, until
+from support import Address, Program, ask, children, dial, elapse, patterns, pids_serving, title, until
 from support.clients import hear
 
 pytestmark = pytest.mark.timeout(60)
@@ -628,6 +629,51 @@ def test_signal_while_the_program_is_imported(start: Start, number: signal.Signa
     program.send(number)
     assert program.wait_exit(2).code == (130 if number is signal.SIGINT else 0)
     program.finish(code=None)
+
+
+UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+CONTAINER = (
+    shutil.which("unshare") and subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
+)
+ORPHANS = (
+    APP
+    + """
+class Daemons(Handler):
+    def answer(self, order):
+        if os.fork() == 0:
+            if os.fork() == 0:
+                select.select([], [], [], 0.05)
+            os._exit(0)
+        os.wait()
+        return "done"
+"""
+)
+
+
+@pytest.mark.skipif(not CONTAINER, reason="needs a pid namespace of its own")
+def test_process_1_of_a_container(tmp_path: Path) -> None:
+    """As process 1 the master collects the orphans that handlers leave, and obeys TERM."""
+    (tmp_path / "app.py").write_text(ORPHANS)
+    socket_path = tmp_path / "s"
+    with subprocess.Popen(
+        [*UNSHARE, sys.executable, "-m", "prefork", "app:Daemons", "-b", f"unix:{socket_path}", "-w", "2"],
+        cwd=tmp_path, env={**os.environ, **path_of_modules()}, stderr=subprocess.PIPE, text=True,
+    ) as outer:  # fmt: skip
+        try:
+            log = outer.stderr
+            assert log
+            until(lambda: "pool ready" in log.readline(), 10, "it is ready")
+            (master,) = children(outer.pid)
+            workers = set(map(str, children(master)))
+            for _ in range(10):
+                assert ask(Address("unix", str(socket_path)), "").result == "done"
+            listed = Path(f"/proc/{master}/task/{master}/children")  # zombies too
+            until(lambda: set(listed.read_text().split()) == workers, 5, "no orphan is left")
+            os.kill(master, signal.SIGTERM)
+            outer.wait(10)
+            assert outer.returncode == 0
+        finally:
+            outer.kill()
 
 
 def test_datagrams_by_the_command(start: Start) -> None:

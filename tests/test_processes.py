@@ -274,6 +274,21 @@ def test_no_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert collect(child)[0] == 5
 
 
+def test_strangers_are_reaped_and_ours_are_not() -> None:
+    """As process 1 the master collects orphans; one of its own keeps its exit until it is asked for."""
+    ours = processes.Child(processes.fork(lambda unblock: 7))
+    stranger = processes.fork(lambda unblock: 3)
+    try:
+        for pid in (ours.pid, stranger):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert processes.reap_strangers({ours.pid})
+    finally:
+        assert collect(ours)[0] == 7
+    assert processes.reap_strangers(()) is False
+    with pytest.raises(ChildProcessError):
+        os.waitpid(stranger, os.WNOHANG)
+
+
 def test_pipes_of_others_are_dropped() -> None:
     """A pipe that was made after the census, and is not to be kept, is /dev/null in the child; its number stays
     taken."""
