@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
+import prefork.processes as processes
 import prefork.scoreboard as scoreboard
 
 log = logging.getLogger("prefork")
@@ -108,7 +109,9 @@ class Acceptor:
         """Whether this error of a blocking take is the end. If not, do about it what can be done."""
         worker = self._worker
         if worker.draining or worker.pool_drains:
-            if error.errno in _OVER:
+            # A listener with a timeout does not say EAGAIN. A handshake that took too long is no end of the queue.
+            silent = isinstance(error, TimeoutError) and not processes.readable(self.fds[0])
+            if silent or error.errno in _OVER:
                 worker.draining = True
                 return True
         elif error.errno in _BROKEN:
