@@ -24,7 +24,8 @@ LEAVES = b"\x02"  # it drains although the master may not have asked
 WORN = b"\x03"  # it asks to be recycled
 STOP = b"\x04"  # the program called shutdown() in a worker
 STUCK = b"\x05"  # it leaves, for a request past its deadline cannot be interrupted
-_MESSAGES = READY + LEAVES + WORN + STOP + STUCK
+EXITS = b"\x06"  # it leaves of its own accord
+_MESSAGES = READY + LEAVES + WORN + STOP + STUCK + EXITS
 
 TEXT_LIMIT = 65536
 

@@ -336,6 +336,8 @@ class Master:
                 self.pool.leaves(pid, now)
             elif message == lifeline.STUCK:
                 self.pool.leaves(pid, now, Reason.REQUEST_TIMEOUT)
+            elif message == lifeline.EXITS:
+                self.pool.leaves(pid, now, Reason.EXITED)
             elif message == lifeline.WORN:
                 self.pool.wear_out(pid)
             elif message == lifeline.STOP:
@@ -361,7 +363,8 @@ class Master:
             if not member.aborted and not member.killed:
                 deadline, interrupted = self.board.deadline(member.slot)
                 serial = int(deadline * 1e9) if deadline < 1e9 else 0
-                readings.append(policy.Reading(member.pid, deadline, serial, interrupted))
+                threads = self.board.threads(member.slot)
+                readings.append(policy.Reading(member.pid, deadline, serial, interrupted, threads))
         verdicts, self._judge_at = self._deadlines.judge(now, readings)
         for pid in verdicts.interrupt:
             log.warning("worker %d (pid %d): its request is past its deadline", self.pool.members[pid].slot, pid)

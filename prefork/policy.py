@@ -70,6 +70,7 @@ class Reading:
     deadline: float  # 0.0: none
     serial: int  # which request it is
     interrupted: bool  # the handler of this request has seen its RequestTimeout
+    threads: int = 1  # that may keep the main thread, which answers signals, from the interpreter
 
 
 @dataclass(slots=True)
@@ -94,6 +95,7 @@ class Deadlines:
     """
 
     GRACE = 0.15
+    THREAD = 0.02  # more of it for each further thread: beside 16 that compute, a handler runs within 0.02-0.22 s
     CLEANUP = 2.0
 
     def __init__(self, timeout: float | None) -> None:
@@ -126,7 +128,7 @@ class Deadlines:
             if late is None or late.serial != one.serial:
                 self._late[one.pid] = late = _Late(one.serial, now)
                 verdicts.interrupt.append(one.pid)
-            last = late.since + (self.CLEANUP if one.interrupted else self.GRACE)
+            last = late.since + (self.CLEANUP if one.interrupted else self.GRACE + self.THREAD * (one.threads - 1))
             if now >= last:
                 verdicts.condemn.append(one.pid)
             else:

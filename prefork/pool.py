@@ -259,12 +259,12 @@ class Pool:
         """
         member = self.members.pop(pid)
         fresh = member.state is State.STARTING or member.reason is Reason.BOOT_TIMEOUT
-        asked = member.state is State.RETIRING and member.reason is not Reason.BOOT_TIMEOUT
+        asked = member.state is State.RETIRING and member.reason not in (Reason.BOOT_TIMEOUT, Reason.EXITED)
         member.on(Event.EXITED)
         if member.reason is None:
             member.reason = Reason.BOOT_FAILED if fresh else Reason.EXITED
         # A worker that dies right after it was ready, having served nobody, is a crash loop as much as a failed boot.
-        if member.reason is Reason.LEFT and member.ready_at is None:
+        if member.reason in (Reason.LEFT, Reason.EXITED) and member.ready_at is None and not fresh:
             # Told to leave while it booted, by somebody or by itself at every boot: back-off, but no failed reload.
             self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)
         young = member.ready_at is not None and now - member.ready_at < policy.HEALTHY and not served and crashed

@@ -28,8 +28,11 @@ REQUESTS = 3
 BUSY_TIME = 4  # seconds
 INTERRUPTED = 5  # the deadline whose request was last interrupted
 PEER_PORT = 6  # 0: PEER is the whole name
+THREADS = 7  # how many of the worker may want the interpreter at once; 0 is one
 PEER = 8  # text to the end of the slot, ended by NUL
 PEER_BYTES = SIZE - PEER * 8
+
+MOST_THREADS = 100
 
 # Cells of the header, which the master alone writes.
 POOL_DRAINS = 0
@@ -43,6 +46,7 @@ class Slot:
         self.floats = view.cast("d")
         self.peer = view[PEER * 8 :]
         self._header = header.cast("Q")
+        self._host: object = ""  # whose text is there already
 
     @classmethod
     def detached(cls) -> "Slot":
@@ -54,7 +58,14 @@ class Slot:
 
     def set_peer(self, peer: object) -> None:
         """Store a client's address for people. The hot path stores host and port by itself."""
-        host, port = (peer[0], peer[1]) if isinstance(peer, tuple) and len(peer) >= 2 else (peer, 0)
+        if type(peer) is tuple and len(peer) > 1:
+            host, port = peer[0], peer[1]
+            if host == self._host and type(port) is int:
+                self.ints[PEER_PORT] = port & 0xFFFF
+                return
+        else:
+            host, port = peer, 0
+        self._host = host if type(host) is str else self  # which no host is equal to
         text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
         self.peer[: len(text)] = text
         self.ints[PEER_PORT] = port if isinstance(port, int) and 0 <= port <= 0xFFFF else 0
@@ -106,6 +117,10 @@ class Scoreboard:
         floats = self._part(slot).cast("d")
         deadline = floats[DEADLINE]
         return _clamp(deadline, math.inf), bool(floats[INTERRUPTED] == deadline)
+
+    def threads(self, slot: int) -> int:
+        """How many threads of a worker may want the interpreter at once."""
+        return min(max(1, int(self._part(slot).cast("Q")[THREADS])), MOST_THREADS)
 
     def read(self, slot: int, now: float) -> Entry:
         part = self._part(slot)

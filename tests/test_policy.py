@@ -116,6 +116,15 @@ def test_interrupted_then_condemned() -> None:
     assert judge(100.15, one(100.0))[:2] == ([], [7])
 
 
+def test_threads_keep_a_signal_waiting() -> None:
+    """Beside other threads that want the interpreter a worker has longer to notice: 20 ms for each of them."""
+    judge = Judge()
+    many = Reading(7, 100.0, 1, interrupted=False, threads=16)
+    assert judge(100.0, many) == ([7], [], 100.45)
+    assert judge(100.2, many) == ([], [], 100.45)
+    assert judge(100.45, many)[:2] == ([], [7])
+
+
 def test_late_by_no_more_than_a_quarter_second() -> None:
     """From the deadline to the verdict over a hang there is less than 0.25 s, if the master looks when it should."""
     judge, now, condemned = Judge(), 90.0, list[int]()

@@ -205,6 +205,37 @@ def test_term_from_outside() -> None:
     assert bench.look() == [Spawn(1, 1)] and bench.exit(1).reason is Reason.LEFT
 
 
+def test_a_worker_that_leaves_of_its_own_accord() -> None:
+    """It is replaced at once like one that was told to; but one that always does so, having served nobody, is a crash
+    loop, before it is ready and after."""
+    bench = Bench(1)
+    bench.pool.leaves(1, bench.now, Reason.EXITED)
+    assert bench.look() == [Spawn(1, 1)]
+    assert bench.exit(1, crashed=True, served=True).reason is Reason.EXITED
+    bench.boot(2)
+    bench.pool.leaves(2, bench.now, Reason.EXITED)
+    assert bench.look() == [Spawn(0, 1)]
+    bench.exit(2, crashed=True)
+    bench.pool.leaves(3, bench.now, Reason.EXITED)
+    assert bench.look() == [] and 0.08 <= bench.wait() <= 0.1
+    assert bench.look() == [Spawn(1, 1)]
+    bench.exit(3, crashed=True)
+    bench.exit(4, crashed=True)
+    assert bench.look() == [] and 0.08 <= bench.wait() <= 0.1
+
+
+def test_a_request_that_cannot_be_interrupted() -> None:
+    """A worker that leaves because one of its requests hangs is replaced at once, has graceful_timeout for the others,
+    and its reason stays with it to its end."""
+    bench = Bench(1)
+    bench.pool.leaves(1, bench.now, Reason.REQUEST_TIMEOUT)
+    assert bench.look() == [Spawn(1, 1)]
+    bench.boot(2)
+    assert bench.look(29.9) == []
+    assert bench.look(0.2) == [Abort(1)] and bench.look(Pool.DUMP) == [Kill(1)]
+    assert bench.exit(1).reason is Reason.REQUEST_TIMEOUT
+
+
 def test_leavers_do_not_pile_up() -> None:
     """While as many leave as are wanted and more may run, nobody else is started."""
     bench = Bench(2, graceful_timeout=1000.0)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(180 + STEPS / 500)
 EPISODE = 150  # steps after which a walk converges or stops, and the next begins
 
 PROMPT = 0.05  # seconds that a sound worker takes to boot, and to obey
-CONDEMNED = (Reason.BOOT_TIMEOUT, Reason.REQUEST_TIMEOUT)
+LEAVING = (Reason.LEFT, Reason.REQUEST_TIMEOUT, Reason.EXITED)  # told by whom: outside, its deadline, the program
 
 Fate = Callable[[int], tuple[float | None, float | None]]
 
@@ -105,8 +105,12 @@ class World:
         if pid in self.processes and self.processes[pid].told is not None:
             self.processes[pid].understood = True
 
-    def leave(self, pid: int) -> None:
-        self.pool.leaves(pid, self.now)
+    def leave(self, pid: int, reason: Reason = Reason.LEFT) -> None:
+        """A worker says that it leaves, told to by somebody else or for a reason of its own."""
+        before = self.pool.members.get(pid)
+        serving = before is not None and before.state is not State.RETIRING
+        self.pool.leaves(pid, self.now, reason)
+        assert not serving or before is None or before.reason is reason, "the reason is not the one that was told"
         if process := self.processes.get(pid):
             process.told_at = self.now if process.told_at is None else process.told_at
             process.understood |= process.told is not Quit
@@ -374,9 +378,9 @@ class Model(RuleBasedStateMachine):
         self.world.understand(self.pid(which))
         self.done(look)
 
-    @rule(which=which, look=look)
-    def term_from_outside(self, which: int, look: bool) -> None:
-        self.world.leave(self.pid(which))
+    @rule(which=which, reason=st.sampled_from(LEAVING), look=look)
+    def leaves(self, which: int, reason: Reason, look: bool) -> None:
+        self.world.leave(self.pid(which), reason)
         self.done(look)
 
     @rule(which=which, look=look)
@@ -453,7 +457,7 @@ def step(world: World, pick: random.Random, calm: float) -> None:
     elif kind < 0.55 and pids:
         event = (world.exit, pick.choice(pids), pick.random() < 0.5, pick.random() < 0.3)
     elif kind < 0.63:
-        event = (world.leave, pid)
+        event = (world.leave, pid, pick.choice(LEAVING))
     elif kind < 0.69:
         event = (world.wear, pid)
     elif kind < 0.75:
