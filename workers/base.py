@@ -22,6 +22,7 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from time import monotonic
 from typing import Any
 
@@ -38,6 +39,8 @@ from prefork.workers.accept import Acceptor, Taken
 # The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends
 # it: the handler looks at the deadline itself.
 INTERRUPT = signal.SIGXCPU
+
+UNKNOWN_THREADS = 16  # of a server that makes them itself
 
 _OWN = frozenset({signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, INTERRUPT})  # what a worker has handlers for
 
@@ -59,25 +62,86 @@ class Seat:
 class Request:
     """A request in hand, between the two ends of `with worker.serving(peer) as request:`.
 
-    `deadline` is in seconds on the monotonic clock, 0.0 where there is none.
+    Where it begins in one place and ends in another: `begin()` and `end()`. `deadline` is in seconds on the monotonic
+    clock, 0.0 where there is none.
     """
 
     __slots__ = ("_worker", "deadline", "late", "peer", "start", "thread", "timeout")
 
     def __init__(self, worker: "Worker", peer: object, timeout: float) -> None:
-        self._worker, self.peer, self.timeout = worker, peer, timeout
-        self.start = self.deadline = 0.0
-        self.thread = 0
+        self._worker, self.peer, self.timeout, self.deadline = worker, peer, timeout, 0.0
+        self.thread = 0  # in no thread's hands
         self.late = False  # nobody waits for it any more
 
-    def __enter__(self) -> "Request":
-        self._worker._begin(self, self)
+    def begin(self) -> "Request":
+        """It is in hand from here on, and its deadline runs."""
+        worker = self._worker
+        self.start = start = monotonic()
+        _current.set(self)
+        worker._lock.acquire()  # with try and finally, 37 ns less than `with`
+        try:
+            worker._open[self] = None
+            if timeout := self.timeout:
+                self.deadline = deadline = start + timeout
+                (worker._due if timeout == worker._timeout else worker._odd)[self] = None
+                floats = worker._board.floats
+                if not 0.0 < floats[scoreboard.DEADLINE] <= deadline:
+                    floats[scoreboard.DEADLINE] = deadline
+            if worker._shown is None:
+                worker._shown = self
+                board = worker._board
+                board.floats[scoreboard.BUSY_SINCE] = start
+                board.set_peer(self.peer)
+        finally:
+            worker._lock.release()
+        self.thread = get_ident()  # last: before this nothing is raised for it
         return self
 
-    def __exit__(self, *_: object) -> None:
-        # No RequestTimeout from here on; `_leave` publishes again what else is in hand.
-        self._worker._disarm()
-        self._worker._leave(self)
+    __enter__ = begin
+
+    def adopt(self) -> None:
+        """The calling thread goes on with it."""
+        self.thread = get_ident()
+        _current.set(self)
+
+    def end(self, kind: object = None, error: object = None, trace: object = None) -> None:
+        """It is over; more than once is harmless."""
+        # Before anything is called, in which a signal could be looked at: no RequestTimeout is raised for it any more.
+        self.thread = 0
+        end = monotonic()
+        worker = self._worker
+        worker._lock.acquire()
+        try:
+            open = worker._open
+            if self not in open:
+                return
+            ints, floats = worker._board.ints, worker._board.floats
+            if deadline := self.deadline:
+                if len(open) == 1:
+                    # First: while there is a deadline and nothing in hand, that deadline is the hot loop's.
+                    floats[scoreboard.DEADLINE] = 0.0
+                (worker._due if self.timeout == worker._timeout else worker._odd).pop(self, None)
+            del open[self]
+            if open and deadline and deadline == floats[scoreboard.DEADLINE]:
+                floats[scoreboard.DEADLINE] = worker._earliest()
+            worker._count = count = worker._count + 1
+            worker._spent = spent = worker._spent + end - self.start
+            ints[scoreboard.REQUESTS] = count
+            floats[scoreboard.BUSY_TIME] = spent
+            if worker._shown is self:
+                if open:
+                    worker._show(next(iter(open)))
+                else:
+                    worker._shown = None
+                    floats[scoreboard.BUSY_SINCE] = 0.0
+            if worker._finishing:
+                worker._changed.notify_all()
+        finally:
+            worker._lock.release()
+        if count >= worker._limit:
+            worker._look(count, end)
+
+    __exit__ = end
 
     def extend_deadline(self, seconds: float) -> None:
         """Give it `seconds` from now. Where it has no deadline there is nothing to extend."""
@@ -96,6 +160,8 @@ class Worker:
     -----------------
     check(server), application
         Class-level, in the master, before anything is forked: whether this class can serve what it is given.
+    threads
+        How many threads serve requests, if it is not the main one alone; to be known after `setup()`.
     setup()
         After the fork, before ready: open what each process must own. An exception is a boot failure.
     run()
@@ -110,7 +176,8 @@ class Worker:
 
     To be called
     ------------
-    accept(), serve_request(server, request, peer), serving(peer), finish(), extend_deadline(seconds), recycle(reason)
+    accept(), serve_request(server, request, peer), serving(peer), finish(), leave(), extend_deadline(seconds),
+    recycle(reason)
 
     To be read
     ----------
@@ -125,6 +192,7 @@ class Worker:
     # What a server's RequestHandlerClass is to this class, and what NAME is to the command: a handler, or (True) an
     # application.
     application = False
+    threads = 1  # that serve requests, if there are more than the main one
 
     def __init__(self, servers: Sequence[socketserver.BaseServer], seat: Seat) -> None:
         self.servers = tuple(servers)
@@ -142,12 +210,16 @@ class Worker:
         # Re-entrant: the handler of an interrupt takes it on top of whatever the main thread is doing.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._open: dict[object, Request] = {}  # what is in hand beside the hottest loop, oldest first
-        self._unequal = 0  # of those, how many have a deadline out of the order in which they came
-        self._shown: Request | None = None  # which of them the scoreboard shows
+        # What is in hand beside the hottest loop, oldest first; of those, which have a deadline in the order in which
+        # they came, and which have one out of it; and which one the scoreboard shows.
+        self._open: dict[Request, None] = {}
+        self._due: dict[Request, None] = {}
+        self._odd: dict[Request, None] = {}
+        self._shown: Request | None = None
+        self._count, self._spent = 0, 0.0  # requests, and seconds in them
+        self._handed: dict[int, Request] | None = None  # what the chain may give to another thread, by id
         self._stuck = False
         self._finishing = False
-        self._followed = False  # whether the end of a request is known by its shutdown only
         self._memory_at = 0.0
         rng = random.Random(seat.seed)
         self._recycle_after = policy.recycle_after(self.options.max_requests, self.options.requests_jitter, rng)
@@ -179,19 +251,25 @@ class Worker:
 
         The default raises `RequestTimeout` in the handler if that is what the main thread does. Where it is in another
         thread, or one of several, nothing can be raised in it alone: the stacks of all threads go into the report of
-        this worker's death, it leaves and is replaced, its other requests have `graceful_timeout`.
+        this worker's death, it leaves and is replaced. Its other requests have their own deadlines, and
+        `graceful_timeout`; it ends when only those are left that are late.
         """
-        open = list(self._open.values())
-        if not open or (len(open) == 1 and open[0].thread == threading.get_ident()):
+        open = list(self._open)
+        if not open or (len(open) == 1 and open[0].thread == get_ident()):
             self._board.floats[scoreboard.INTERRUPTED] = self._board.floats[scoreboard.DEADLINE]
             raise RequestTimeout(f"the request took longer than {self.options.request_timeout:g} s")
+        if len(open) == 1 and not open[0].thread:
+            return  # it begins or ends at this moment
         now = monotonic()
         with self._lock:
             for one in open:
-                one.late = one.late or 0.0 < one.deadline <= now
+                if 0.0 < one.deadline <= now:
+                    one.late = True
+                    self._due.pop(one, None)
+                    self._odd.pop(one, None)
             first = not self._stuck and any(one.late for one in open)
             self._stuck = self._stuck or first
-            self._publish()
+            self._board.floats[scoreboard.DEADLINE] = self._earliest()
             self._changed.notify_all()
         if first:
             faulthandler.dump_traceback(self._uplink.fd, all_threads=True)
@@ -208,7 +286,10 @@ class Worker:
         """The listeners, for a loop that waits for more than those. Begins to take: call it in `run()`."""
         if self._acceptor is None:
             acceptor = Acceptor(self, self.servers, self._board)
-            self._followed = any([chain.follow(self, server) for server in self.servers])
+            for server in self.servers:
+                chain.follow(self, server)
+            if any(map(chain.hands_over, self.servers)):
+                self._say_threads(UNKNOWN_THREADS)
             self._acceptor = acceptor
             if self.draining:  # told to leave between ready and here
                 acceptor.leave()
@@ -229,9 +310,23 @@ class Worker:
         """
         return self.acceptor.take()
 
-    def serve_request(self, server: socketserver.BaseServer, request: Any, peer: Any) -> None:
-        """Serve one request through the whole chain of the server's methods, with its deadline; any thread may."""
-        chain.serve(self, server, request, peer)
+    def serve_request(
+        self, server: socketserver.BaseServer, request: Any, peer: Any, begun: Request | None = None
+    ) -> None:
+        """Serve one request through the whole chain of the server's methods, with its deadline; any thread may.
+
+        Parameters
+        ----------
+        begun
+            From `serving(peer).begin()`, by whoever took it, so that a loop that hands requests to threads knows of
+            each before it is told that there are no more. It is ended here.
+        """
+        chain.serve(self, server, request, peer, begun)
+
+    def leave(self) -> None:
+        """Take nothing new, finish what is in hand, be replaced at once; as after TERM. For the main thread."""
+        self._uplink.say(lifeline.EXITS)
+        self._on_term(signal.SIGTERM, None)
 
     def serving(self, peer: object = "", timeout: float | None = None) -> Request:
         """Around one request, `with self.serving(peer):`: busy, deadline, counts, idle. Any thread or task may use it.
@@ -239,7 +334,8 @@ class Worker:
         Parameters
         ----------
         timeout
-            Seconds; by default `request_timeout`. 0: this request has no deadline.
+            Seconds; by default `request_timeout`. 0: this request has no deadline. A shorter one than `request_timeout`
+            may be noticed as late as that, and without `request_timeout` nobody looks.
         """
         return Request(self, peer, self._timeout if timeout is None else timeout)
 
@@ -247,13 +343,13 @@ class Worker:
         """Wait for what other threads have in hand. The master sees to it that this ends."""
         with self._changed:
             self._finishing = True
-            while not all(one.late for one in self._open.values()):
+            while not all(one.late for one in self._open):
                 self._changed.wait()
 
     def extend_deadline(self, seconds: float) -> None:
         """Give the request in hand `seconds` from now. Where it has no deadline there is nothing to extend."""
         one = _current.get()
-        if one is not None and one._worker is self:
+        if one in self._open:
             one.extend_deadline(seconds)
         elif not self._open and self._board.floats[scoreboard.DEADLINE]:
             self._board.floats[scoreboard.DEADLINE] = monotonic() + seconds
@@ -266,79 +362,28 @@ class Worker:
 
     # -- what is in hand -------------------------------------------------------------------------------------------
 
-    def _enter(self, ticket: object, peer: object) -> None:
-        """A request begins, of several that this worker may have in hand."""
-        self._begin(ticket, Request(self, peer, self._timeout))
-
-    def _begin(self, ticket: object, one: Request) -> None:
-        one.start = start = monotonic()
-        one.thread = threading.get_ident()
-        timeout = one.timeout
-        if timeout:
-            one.deadline = start + timeout
-        _current.set(one)
-        with self._lock:
-            self._open[ticket] = one
-            if timeout != self._timeout:
-                self._unequal += 1
-            if self._shown is None or self._unequal:
-                self._publish()
-
-    def _adopt(self, ticket: object) -> None:
-        """The calling thread is the one that serves this request."""
-        with self._lock:
-            if one := self._open.get(ticket):
-                one.thread = threading.get_ident()
-                _current.set(one)
-
-    def _leave(self, ticket: object) -> None:
-        end = monotonic()
-        with self._lock:
-            one = self._open.pop(ticket, None)
-            if one is None:
-                self._publish()
-                return
-            if _current.get() is one:
-                _current.set(None)
-            if one.timeout != self._timeout:
-                self._unequal -= 1
-            ints, floats = self._board.ints, self._board.floats
-            count = ints[scoreboard.REQUESTS] = ints[scoreboard.REQUESTS] + 1
-            floats[scoreboard.BUSY_TIME] += end - one.start
-            self._publish()
-            if self._finishing:
-                self._changed.notify_all()
-        if count >= self._limit:
-            self._look(count, end)
-
     def _move(self, one: Request, deadline: float) -> None:
         with self._lock:
-            if one.timeout == self._timeout and not one.late:
-                self._unequal += 1
-            one.timeout, one.deadline = -1.0, deadline
-            self._publish()
+            if one in self._open and not one.late:
+                self._due.pop(one, None)
+                self._odd[one] = None
+                one.timeout, one.deadline = -1.0, deadline
+                self._board.floats[scoreboard.DEADLINE] = self._earliest()
 
-    def _disarm(self) -> None:
-        self._board.floats[scoreboard.DEADLINE] = 0.0
+    def _earliest(self) -> float:
+        """The earliest deadline of what is in hand and not late. Those of equal timeouts are in their order already."""
+        first = next(iter(self._due), None)
+        least = first.deadline if first is not None else 0.0
+        for one in self._odd:
+            if not least or one.deadline < least:
+                least = one.deadline
+        return least
 
-    def _publish(self) -> None:
-        """Show the oldest request in hand on the scoreboard, and the earliest deadline."""
-        floats = self._board.floats
-        oldest = next(iter(self._open.values()), None)
-        if oldest is None:
-            self._shown = None
-            floats[scoreboard.BUSY_SINCE] = floats[scoreboard.DEADLINE] = 0.0
-            return
-        if self._stuck:
-            floats[scoreboard.DEADLINE] = 0.0  # it leaves already, and the others have `graceful_timeout`
-        elif self._unequal:
-            floats[scoreboard.DEADLINE] = min((r.deadline for r in self._open.values() if r.deadline), default=0.0)
-        else:
-            floats[scoreboard.DEADLINE] = oldest.deadline
-        if self._shown is not oldest:
-            self._shown = oldest
-            floats[scoreboard.BUSY_SINCE] = oldest.start
-            self._board.set_peer(oldest.peer)
+    def _show(self, one: Request) -> None:
+        """Of what is in hand the scoreboard shows the oldest."""
+        self._shown = one
+        self._board.floats[scoreboard.BUSY_SINCE] = one.start
+        self._board.set_peer(one.peer)
 
     def _look(self, count: int, now: float) -> None:
         """After a request: ask to be recycled where a limit is reached."""
@@ -353,12 +398,16 @@ class Worker:
             if own_memory() > self.options.max_memory:
                 self.recycle("max_memory")
 
+    def _say_threads(self, number: int) -> None:
+        """So many may keep the main thread from the interpreter when a signal comes: the master waits longer for it."""
+        self._board.ints[scoreboard.THREADS] = max(number, self._board.ints[scoreboard.THREADS])
+
     # -- signals ---------------------------------------------------------------------------------------------------
 
     def _on_term(self, signum: int, frame: types.FrameType | None) -> None:
+        self._board.set_phase(Phase.DRAINING)  # also where an empty queue told it first that the pool stops
         if not self.draining:
             self.draining = True
-            self._board.set_phase(Phase.DRAINING)
             self._uplink.say(lifeline.LEAVES)
             if not self._ready:
                 os._exit(0)  # nobody was served yet; `setup()` may hang for as long as it likes
@@ -379,6 +428,10 @@ class Worker:
         """Once a request, and only if it is late: the order may have been meant for the one before."""
         floats = self._board.floats
         deadline = floats[scoreboard.DEADLINE]
+        while frame is not None:
+            if frame.f_code in _UNDIVIDED:
+                return
+            frame = frame.f_back
         if deadline and monotonic() >= deadline and floats[scoreboard.INTERRUPTED] != deadline:
             self.expired()
 
@@ -402,6 +455,9 @@ class Worker:
         for one in _OWN:
             signal.signal(one, signal.SIG_DFL)
         self._free_signals()
+        # Another thread, which is not here, may have held it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._board = scoreboard.Slot.detached()
         servers: Sequence[Any] = self.servers
         streams = [one.socket.fileno() for one in servers if one.socket_type == socket.SOCK_STREAM]
@@ -424,6 +480,7 @@ class Worker:
         if self.draining:
             return 0
         self._ready = True
+        self._say_threads(self.threads)
         self._board.set_phase(Phase.SERVING)
         self._uplink.say(lifeline.READY)
         set_title(f"{self._seat.title} ready")
@@ -437,6 +494,11 @@ class Worker:
                 set_title(f"{self._seat.title} leaving")
             self.teardown()
         return code
+
+
+# In these no exception of ours is raised: at its first instruction `end()` would keep its request in hand for ever, and
+# half an order to leave is none.
+_UNDIVIDED = {one.__code__ for one in (Request.end, Worker._on_interrupt, Worker._on_term, Worker._on_quit)}
 
 
 def main(seat: Seat, build: Callable[[Seat], Worker], unblock: Callable[[], None]) -> int:

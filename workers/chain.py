@@ -7,21 +7,32 @@ request is over when it is shut down there; daemon threads are waited for too.
 
 import socket
 import socketserver
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from prefork.errors import OptionError, RequestTimeout
 
 
-class Accounts(Protocol):
-    """What the chain tells the worker."""
+class Account(Protocol):
+    """One request, as the worker counts it."""
 
-    def _enter(self, ticket: object, peer: object) -> object: ...
+    thread: int
 
-    def _adopt(self, ticket: object) -> None: ...
+    def begin(self) -> object: ...
 
-    def _leave(self, ticket: object) -> None: ...
+    def adopt(self) -> None: ...
 
-    def _disarm(self) -> None: ...
+    def end(self) -> None: ...
+
+
+A = TypeVar("A", bound=Account)
+
+
+class Accounts(Protocol[A]):
+    """What the chain asks of the worker."""
+
+    _handed: dict[int, A] | None
+
+    def serving(self, peer: object) -> A: ...
 
 
 def check_handler(handler: object, socket_type: int) -> None:
@@ -51,8 +62,8 @@ def hands_over(server: Any) -> bool:
     return "process_request" in vars(server) or kind.process_request is not socketserver.BaseServer.process_request
 
 
-def follow(worker: Accounts, server: Any) -> bool:
-    """Have requests that the chain hands to another thread say when they are done; whether that was needed.
+def follow(worker: Accounts[A], server: Any) -> None:
+    """Where the chain hands requests to another thread, have them say when they are done.
 
     With a TLS listener the handshake is done when the request has begun, so that a silent client has a deadline; in the
     accept it would hold the worker, and no deadline would be running. A client that fails in it is dropped, as an
@@ -60,11 +71,13 @@ def follow(worker: Accounts, server: Any) -> bool:
     """
     secure = defer_handshake(server)
     if not (secure or hands_over(server)):
-        return False
+        return
+    handed = worker._handed = {} if worker._handed is None else worker._handed
     finish, shutdown = server.finish_request, server.shutdown_request
 
     def finish_request(request: Any, client_address: Any) -> None:
-        worker._adopt(id(request))
+        if one := handed.get(id(request)):
+            one.adopt()
         if secure:
             try:
                 request.do_handshake()
@@ -76,23 +89,28 @@ def follow(worker: Accounts, server: Any) -> bool:
         try:
             shutdown(request)
         finally:
-            worker._leave(id(request))
+            if one := handed.pop(id(request), None):
+                one.end()
 
     server.finish_request, server.shutdown_request = finish_request, shutdown_request
-    return True
 
 
-def serve(worker: Accounts, server: Any, request: Any, peer: Any) -> None:
-    """One request, through the whole chain, accounted."""
-    ticket = id(request)
-    worker._enter(ticket, peer)
+def serve(worker: Accounts[A], server: Any, request: Any, peer: Any, begun: A | None) -> None:
+    """One request, through the whole chain, accounted; one that has `begun` before is adopted."""
+    one = worker.serving(peer) if begun is None else begun
+    handed = worker._handed
     here = True  # whether the request is done when the chain returns
     try:
+        one.begin() if begun is None else one.adopt()
+        if handed is not None:
+            handed[id(request)] = one
         if server.verify_request(request, peer):
             server.process_request(request, peer)
-            here = not hands_over(server) or _is_closed(request)
+            here = handed is None or not hands_over(server) or _is_closed(request)
         else:
             server.shutdown_request(request)
+        if here:
+            one.thread = 0  # no RequestTimeout any more, from here to its end
     except Exception:
         failed(server, request, peer)
     except BaseException:
@@ -100,8 +118,9 @@ def serve(worker: Accounts, server: Any, request: Any, peer: Any) -> None:
         raise
     finally:
         if here:
-            worker._disarm()
-            worker._leave(ticket)
+            if handed is not None:
+                handed.pop(id(request), None)
+            one.end()
 
 
 def failed(server: Any, request: Any, peer: Any) -> None:

@@ -19,7 +19,7 @@ class SyncWorker(Worker):
 
     def run(self) -> None:
         acceptor = self.acceptor
-        if len(self.servers) > 1 or self._followed:
+        if len(self.servers) > 1 or self._handed is not None:
             while (taken := self.accept()) is not None:
                 self.serve_request(*taken)
         else:

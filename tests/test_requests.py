@@ -1,0 +1,246 @@
+"""What a worker has in hand, as its slot of the scoreboard says it: counts, the oldest, the earliest deadline."""
+
+import os
+import signal
+import socketserver
+import threading
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import pytest
+
+import prefork.lifeline as lifeline
+import prefork.scoreboard as scoreboard
+from prefork.errors import RequestTimeout
+from prefork.options import Options
+from prefork.workers.base import Seat, Worker
+
+TIMEOUT = 30.0
+
+
+class Bench:
+    """A worker in this process, that is in no pool, and the master's view of its slot."""
+
+    def __init__(self, **values: Any) -> None:
+        self.board = scoreboard.Scoreboard()
+        self.uplink, write = os.pipe()
+        self.server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        options = Options({"workers": 1, "request_timeout": TIMEOUT, **values})
+        self.worker = Worker([self.server], Seat(0, 1, options, self.board.slot(0), -1, write, "", 1))
+        self.worker._ready = True
+        self.fds = [self.uplink, write]
+
+    def close(self) -> None:
+        self.server.server_close()
+        for fd in self.fds:
+            os.close(fd)
+
+    @property
+    def due_in(self) -> float | None:
+        deadline, _ = self.board.deadline(0)
+        return deadline - monotonic() if deadline else None
+
+    @property
+    def peer(self) -> str | None:
+        return self.board.read(0, monotonic()).peer
+
+    @property
+    def idle(self) -> bool:
+        return self.peer is None and self.due_in is None
+
+    @property
+    def requests(self) -> int:
+        return self.board.read(0, monotonic()).requests
+
+    def said(self) -> bytes:
+        os.set_blocking(self.uplink, False)
+        return os.read(self.uplink, 65536)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    one = Bench()
+    yield one
+    one.close()
+
+
+def client(port: int, host: str = "10.0.0.1") -> tuple[str, int]:
+    return host, port
+
+
+def near(seconds: float | None, wanted: float) -> bool:
+    return seconds is not None and wanted - 5 < seconds <= wanted
+
+
+def test_one_request(bench: Bench) -> None:
+    """In hand it is shown with its client and its deadline; after it nothing is, but one more is counted."""
+    with bench.worker.serving(client(7)) as request:
+        assert bench.peer == "10.0.0.1:7" and near(bench.due_in, TIMEOUT)
+        assert request.thread == threading.get_ident()
+    assert bench.idle and bench.requests == 1
+    request.end()
+    assert bench.requests == 1, "it ends once"
+
+
+def test_the_oldest_is_shown(bench: Bench) -> None:
+    """Of several the oldest is shown, whoever ends first."""
+    first, second, third = (bench.worker.serving(client(port)).begin() for port in (1, 2, 3))
+    assert bench.peer == "10.0.0.1:1"
+    second.end()
+    assert bench.peer == "10.0.0.1:1"
+    first.end()
+    assert bench.peer == "10.0.0.1:3" and near(bench.due_in, TIMEOUT)
+    third.end()
+    assert bench.idle and bench.requests == 3
+
+
+def test_clients_of_every_kind(bench: Bench) -> None:
+    """A client's host is shown also after one of the same port, the same host, or no host at all."""
+    shown = []
+    for peer in (
+        client(1),
+        client(2),
+        client(2, "10.0.0.2"),
+        (None, 5),
+        client(5),
+        "",
+        "/path",
+        client(9),
+        ("::1", 4, 0, 0),
+    ):
+        with bench.worker.serving(peer):
+            shown.append(bench.peer)
+    unnamed = "a client without a name"
+    assert shown == [
+        "10.0.0.1:1", "10.0.0.1:2", "10.0.0.2:2", f"{unnamed}:5", "10.0.0.1:5", unnamed, "/path", "10.0.0.1:9", "::1:4",
+    ]  # fmt: skip
+
+
+def test_the_earliest_deadline_counts(bench: Bench) -> None:
+    """Of several deadlines the earliest is published, through extensions, odd timeouts, and ends in any order."""
+    plain = bench.worker.serving(client(1)).begin()
+    bench.worker.serving(client(2), timeout=0).begin()
+    short = bench.worker.serving(client(3), timeout=10).begin()
+    assert near(bench.due_in, 10)
+    short.extend_deadline(100)
+    assert near(bench.due_in, TIMEOUT)
+    plain.extend_deadline(200)
+    assert near(bench.due_in, 100)
+    another = bench.worker.serving(client(4)).begin()
+    assert near(bench.due_in, TIMEOUT)
+    another.end()
+    assert near(bench.due_in, 100)
+    short.end()
+    assert near(bench.due_in, 200)
+    short.extend_deadline(1)
+    assert near(bench.due_in, 200), "what is over has no deadline"
+    plain.end()
+    assert bench.due_in is None and bench.peer == "10.0.0.1:2"
+    assert not bench.worker._due and not bench.worker._odd
+
+
+def test_extending_is_for_the_request_in_hand(bench: Bench) -> None:
+    """extend_deadline() is for what the calling thread has in hand, and for nothing that is over."""
+    with bench.worker.serving(client(1)) as outer:
+        thread = threading.Thread(target=bench.worker.extend_deadline, args=(500,))
+        thread.start()
+        thread.join()
+        assert near(outer.deadline - monotonic(), TIMEOUT)
+        bench.worker.extend_deadline(500)
+        assert near(outer.deadline - monotonic(), 500)
+    with bench.worker.serving(client(2), timeout=0):
+        bench.worker.extend_deadline(500)
+        assert bench.due_in is None
+    bench.worker.extend_deadline(500)
+    assert bench.due_in is None
+
+
+def test_an_interrupt_reaches_the_main_thread_only(bench: Bench) -> None:
+    """RequestTimeout is raised where the main thread has the one late request in hand; not for one that is not late,
+    not as it begins or ends, and not for a thread's."""
+    request = bench.worker.serving(client(1), timeout=0.0001)
+    with pytest.raises(RequestTimeout), request:
+        while True:
+            bench.worker._on_interrupt(signal.SIGXCPU, None)
+    assert bench.idle and bench.requests == 1
+    with bench.worker.serving(client(1)):
+        bench.worker._on_interrupt(signal.SIGXCPU, None)
+    with bench.worker.serving(client(1), timeout=0.0001) as request:
+        while monotonic() < request.deadline:
+            pass
+        request.thread = 0
+        bench.worker._on_interrupt(signal.SIGXCPU, None)
+    assert not bench.worker.draining
+
+
+def linger(until: float) -> None:
+    """In a function of its own: Python 3.13 has no handler for an exception at the end of a loop's turn in a `with`."""
+    while monotonic() < until:
+        pass
+
+
+def test_a_signal_at_the_last_moment() -> None:
+    """However often a signal comes while requests end at their deadlines, each is ended, once."""
+    one = Bench(request_timeout=0.01)
+    former = signal.signal(signal.SIGALRM, one.worker._on_interrupt)
+    raised = number = 0
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.00005, 0.00005)
+        end = monotonic() + 1.5
+        while monotonic() < end:
+            number += 1
+            try:
+                with one.worker.serving(client(1), timeout=0.0001) as request:
+                    linger(request.deadline - 0.000002)
+            except RequestTimeout:
+                raised += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+        one.close()
+    assert 0 < raised < number
+    assert not one.worker._open and one.requests == number
+
+
+def test_late_in_threads(bench: Bench) -> None:
+    """Late requests of threads have the worker leave, once; those that are not late have their deadlines still; it
+    waits for all but the late."""
+    left = threading.Event()
+    bench.worker.drain = left.set  # type: ignore[method-assign]
+    late = bench.worker.serving(client(1), timeout=0.001).begin()
+    fine = bench.worker.serving(client(2)).begin()
+    while monotonic() < late.deadline:
+        pass
+    bench.worker._on_interrupt(signal.SIGXCPU, None)
+    assert late.late and not fine.late and bench.worker.draining and left.is_set()
+    text = bench.said()
+    assert lifeline.STUCK in text and b"test_late_in_threads" in text
+    assert near(bench.due_in, TIMEOUT)
+    finished = threading.Thread(target=bench.worker.finish)
+    finished.start()
+    late.extend_deadline(1000)
+    assert near(bench.due_in, TIMEOUT), "nobody waits for it any more"
+    assert finished.is_alive()
+    fine.end()
+    finished.join(5)
+    assert not finished.is_alive() and bench.due_in is None
+    late.end()
+    assert bench.requests == 2
+
+
+def test_threads_count_exactly(bench: Bench) -> None:
+    """Requests of many threads at once are all counted, and none is left in hand."""
+
+    def serve() -> None:
+        for _ in range(500):
+            with bench.worker.serving(client(1)):
+                pass
+
+    threads = [threading.Thread(target=serve) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bench.requests == 4000 and not bench.worker._open
+    assert bench.idle
