@@ -75,6 +75,7 @@ class Acceptor:
         self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))
         self._said = 0.0
         self._null = -1
+        self._closed = False  # by the program: its number may be somebody else's now
         self._wait: Callable[[], list[int]] | None = None
         self._ready: list[int] = []
         self._looks: list[list[int]] | None = None
@@ -87,7 +88,7 @@ class Acceptor:
         """Make `take()` return, whenever it is called. From a signal handler; again and again without harm."""
         if self._wait is not None:
             self._wake()
-        elif not self._worker.pool_drains:
+        elif not (self._worker.pool_drains or self._closed):
             os.dup2(self._null, self.fds[0], inheritable=False)
 
     def take(self) -> Taken | None:
@@ -115,6 +116,7 @@ class Acceptor:
                 worker.draining = True
                 return True
         elif error.errno in _BROKEN:
+            self._closed = True
             raise error  # the program closed or shut down the listener under us; asking again would only spin
         if error.errno == errno.EAGAIN:
             # Somebody else made the shared listener non-blocking; wait as an accept would have. A poll asks by number:
@@ -143,6 +145,9 @@ class Acceptor:
             while self._ready and not self._worker.draining:
                 if taken := self._taken_from(self._ready.pop(0)):
                     return taken
+                if not self._ready and self._epoll is not None:
+                    # Who was faster was perhaps woken for another listener, and nobody else will be for that one.
+                    self.look_again(self._epoll)
             if not self._worker.draining:
                 self._ready = [fd for fd in self._wait() if fd in self._takers]
         return self._last()
@@ -219,6 +224,11 @@ class Acceptor:
         """After a take: let every other worker have its turn first."""
         epoll.unregister(fd)
         epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
+
+    def look_again(self, epoll: "select.epoll") -> None:
+        """After a take that came too late: have the next wait find what is queued at any listener."""
+        for fd in self.fds:
+            self.step_back(epoll, fd)
 
     def try_take(self, fd: int) -> Taken | None:
         """One connection or datagram from a listener that was readable; None where somebody else was faster.
