@@ -32,6 +32,8 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "max_surge": int,
     "block_on_close": lambda text: text != "no",
     "request_queue_size": int,
+    "worker_class": str,
+    "threads": int,
 }
 SERVERS: dict[str, tuple[Any, type[socketserver.BaseRequestHandler]]] = {
     "tcp": (prefork.PreforkTCPServer, Work),

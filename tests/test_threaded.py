@@ -1,0 +1,590 @@
+"""The worker with threads: several requests at once in a process, each with a deadline, and nothing lost at its end."""
+
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
+from support import Ledger, Load, Program, account, ask, children, dial, elapse, patterns, processes, until
+
+Run = Callable[..., Load]
+
+pytestmark = pytest.mark.timeout(90)
+
+# A server whose reports of dead workers are notes. What a class of workers is put into is a pool of one of them.
+POOL = """
+import json
+import re
+from prefork.workers.threaded import ThreadWorker
+
+def hang(order):
+    word, _, rest = order.partition(" ")
+    if word == "hang":
+        note(f"begun {os.getpid()}")
+        threading.Event().wait()
+    if word == "regex":  # in C, with the interpreter's lock
+        note(f"begun {os.getpid()}")
+        re.match("(a+)+b", "a" * 64)
+    return perform(order)
+
+class Hangs(Handler):
+    def answer(self, order):
+        if order.startswith("extend "):
+            self.server.worker.extend_deadline(30)
+            return perform(order.partition(" ")[2])
+        return hang(order)
+
+class Reporting(prefork.PreforkMixIn):
+    workers = 1
+
+    def worker_exited(self, report):
+        fields = {name: getattr(report, name) for name in report.__slots__}
+        note("exit " + json.dumps({**fields, "reason": report.reason.name, "line": str(report)}))
+
+class Pool(BASES):
+    SETTINGS
+
+with Pool(("127.0.0.1", 0), Hangs) as server:
+    server.serve_forever()
+"""
+STOCK = "Reporting, socketserver.TCPServer"
+MIXED = "Reporting, socketserver.ThreadingMixIn, socketserver.TCPServer"
+
+
+def pool(start: Start, *settings: str, bases: str = STOCK, before: str = "", **options: Any) -> Program:
+    chosen = ["worker_class = 'thread'" if bases == STOCK else "daemon_threads = False", *settings]
+    body = (
+        POOL.replace("BASES", bases)
+        .replace("SETTINGS", "\n    ".join(chosen))
+        .replace("class Pool", f"{before}\nclass Pool")
+    )
+    return launch(start, body, **options).ready()
+
+
+def reports(notes: Notes, number: int = 1, timeout: float = 10.0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in noted(notes, "exit", number, timeout)]
+
+
+def threads_of(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def switches(pid: int) -> int:
+    total = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        for line in Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines():
+            total += int(line.split()[1]) if line.startswith("voluntary_ctxt_switches") else 0
+    return total
+
+
+# -- several at once -------------------------------------------------------------------------------
+
+
+def test_as_many_at_once_as_there_are_threads(start: Start, notes: Notes) -> None:
+    """A worker serves `threads` requests at once and takes no more than that; what is queued is taken as one ends."""
+    program = pool(start, "threads = 3")
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        held = [hold(program.address, stack, "gate go", f"c{number}") for number in range(4)]
+        noted(notes, "begun", 3)
+        elapse(0.2)
+        assert len(notes("begun")) == 3
+        program.write("go", "")
+        assert sorted(map(rest, held)) == [f"{worker}:c{number}:done\n".encode() for number in range(4)]
+    program.finish()
+
+
+def test_a_full_worker_leaves_new_clients_to_its_siblings(start: Start, notes: Notes) -> None:
+    """Where all threads of one worker are busy, another takes whoever comes."""
+    program = pool(start, "workers = 2", "threads = 2")
+    workers = program.wait_ready(2)
+    with ExitStack() as stack:
+        for number in range(3):
+            hold(program.address, stack, "gate go", f"c{number}")
+            noted(notes, "begun", number + 1)
+        assert {ask(program.address).pid for _ in range(8)} <= set(workers)
+        hold(program.address, stack, "gate go", "last")
+        noted(notes, "begun", 4)
+        late = hold(program.address, stack, "", "late")
+        elapse(0.1)
+        program.write("go", "")
+        assert rest(late).endswith(b":late:done\n")
+    program.finish()
+
+
+def test_threads_are_started_when_they_are_needed(start: Start, notes: Notes) -> None:
+    """One client after the other needs few threads, many at once need as many; idle threads do not wake up."""
+    program = pool(start, "threads = 24")
+    (worker,) = program.wait_ready(1)
+    until(lambda: threads_of(worker) == 2, 5, "one accepts")
+    for _ in range(20):
+        assert ask(program.address, "thread").result.startswith("prefork-")
+    assert threads_of(worker) < 20
+    with ExitStack() as stack:
+        for _ in range(23):
+            hold(program.address, stack, "gate go")
+        noted(notes, "begun", 23)
+        until(lambda: threads_of(worker) == 25, 5, "and one accepts")
+        program.write("go", "")
+    ask(program.address)
+    elapse(0.3)
+    before = switches(worker)
+    elapse(1.0)
+    assert switches(worker) == before
+    program.finish()
+
+
+def test_slow_clients_hold_a_thread_not_a_process(start: Start) -> None:
+    """Clients that say nothing are no hindrance to the others while a thread is free, and none to a stop in time."""
+    program = pool(start, "threads = 4", "graceful_timeout = 0.5")
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(dial(program.address))
+        for _ in range(10):
+            ask(program.address)
+        assert program.stop().seconds < 5
+    program.finish(allow=[patterns.FAULT])
+
+
+def test_a_system_without_room_for_threads(start: Start, notes: Notes) -> None:
+    """Where no further thread can be started, those that are there serve on."""
+    before = """
+class Poor(ThreadWorker):
+    def _start(self):
+        if self._started == 2:
+            raise RuntimeError("can't start new thread")
+        super()._start()
+"""
+    program = pool(start, "threads = 4", "worker_class = Poor", before=before)
+    with ExitStack() as stack:
+        held = [hold(program.address, stack, "gate go") for _ in range(5)]
+        noted(notes, "begun", 2)
+        program.wait_for(r"WARNING: worker 0 serves 2 at once: can't start new thread")
+        program.write("go", "")
+        assert all(rest(one).endswith(b":held:done\n") for one in held)
+    program.finish()
+
+
+def test_a_full_file_table(start: Start, notes: Notes) -> None:
+    """EMFILE at accept: the worker pauses and says so, does not spin, and takes the client when there is room again."""
+    before = """
+import resource
+
+class Poor(ThreadWorker):
+    def setup(self):
+        used = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, used + 2))
+
+def answer(self, order):
+    pass_gate("go")
+    return "done"
+
+Hangs.answer = answer
+"""
+    program = pool(start, "worker_class = Poor", before=before)
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        held = [hold(program.address, stack, "stay") for _ in range(6)]
+        program.wait_for("WARNING: worker 0 cannot accept: Too many open files")
+        tick = os.sysconf("SC_CLK_TCK")
+        spent = os_times(worker)
+        elapse(1.0)
+        assert (os_times(worker) - spent) / tick < 0.3
+        program.write("go", "")
+        assert all(rest(one).endswith(b":held:done\n") for one in held)
+    program.finish()
+
+
+def os_times(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+# -- every kind of server --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp", "unix", "unixgram"])
+def test_kinds(start: Start, notes: Notes, kind: str) -> None:
+    """Streams and datagrams are served at once by several threads; a stop answers what they have in hand."""
+    server, handler, address = {
+        "tcp": ("PreforkTCPServer", "Handler", TCP),
+        "udp": ("PreforkUDPServer", "Datagrams", TCP),
+        "unix": ("PreforkUnixStreamServer", "Handler", 'str(RUN / "s")'),
+        "unixgram": ("PreforkUnixDatagramServer", "Datagrams", 'str(RUN / "s")'),
+    }[kind]
+    program = launch(
+        start,
+        f"""
+        class Server(prefork.{server}):
+            workers = 1
+            worker_class = "thread"
+            threads = 4
+
+        with Server({address}, {handler}) as server:
+            server.serve_forever()
+        """,
+    ).ready()
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        held = [hold(program.address, stack, "gate go", f"c{number}") for number in range(3)]
+        noted(notes, "begun", 3)
+        assert ask(program.address, "thread").result.startswith("prefork-")
+        program.send(signal.SIGTERM)
+        program.wait_for(patterns.STOPPING)
+        elapse(0.05)
+        assert program.running and children(program.pid) == [worker]
+        program.write("go", "")
+        for number, sock in enumerate(held):
+            assert sock.recv(1000) == f"{worker}:c{number}:done\n".encode()
+    assert program.wait_exit().code == 0
+    program.finish()
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command to make a certificate")
+def test_tls(start: Start, notes: Notes, tmp_path: Path) -> None:
+    """With a TLS listener the handshake is a thread's: clients that do not shake hands hold nobody up, until their
+    deadline has the worker replaced."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True, timeout=30,
+    )  # fmt: skip
+    wrap = f"""
+import ssl
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain({str(certificate)!r}, {str(key)!r})
+
+class Secure(Reporting, socketserver.TCPServer):
+    def server_activate(self):
+        super().server_activate()
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+"""
+    program = pool(start, "worker_class = 'thread'", "request_timeout = 1.0", bases="Secure", before=wrap)
+    context = ssl.create_default_context(cafile=str(certificate))
+
+    def secure(stack: ExitStack) -> ssl.SSLSocket:
+        sock = stack.enter_context(dial(program.address))
+        return stack.enter_context(context.wrap_socket(sock, server_hostname="127.0.0.1"))
+
+    with ExitStack() as stack:
+        silent = [stack.enter_context(dial(program.address)) for _ in range(3)]
+        for _ in range(5):
+            sock = secure(stack)
+            sock.sendall(b"x\n")
+            assert rest(sock).endswith(b":x:done\n")
+        assert [rest(one) for one in silent] == [b""] * 3
+        assert reports(notes)[0]["reason"] == "REQUEST_TIMEOUT"
+        sock = secure(stack)
+        sock.sendall(b"x\n")
+        assert rest(sock).endswith(b":x:done\n")
+    program.finish(allow=[patterns.FAULT])
+
+
+def test_several_listeners(start: Start, notes: Notes) -> None:
+    """Several servers share a pool of workers with threads, through a retirement, a reload and a stop."""
+    program = launch(
+        start,
+        """
+        class First(prefork.PreforkTCPServer):
+            workers = 2
+            worker_class = "thread"
+            threads = 3
+
+        with (
+            First(("127.0.0.1", 0), Handler) as one,
+            prefork.PreforkUnixStreamServer(str(RUN / "s"), Handler) as two,
+            prefork.PreforkUDPServer(("127.0.0.1", 0), Datagrams) as three,
+        ):
+            prefork.serve(one, two, three)
+        """,
+    ).ready()
+    workers = program.wait_ready(2)
+    for address in program.addresses * 3:
+        assert ask(address, "thread").result.startswith("prefork-")
+    program.send(signal.SIGTERM, workers[0])
+    program.wait_ready(2, without=workers[:1])
+    program.send(signal.SIGHUP)
+    program.wait_for(patterns.RELOADED)
+    program.wait_ready(2, without=workers)
+    with ExitStack() as stack:
+        held = [hold(address, stack, "gate go") for address in program.addresses[:2] * 2]
+        noted(notes, "begun", 4)
+        program.send(signal.SIGTERM)
+        program.wait_for(patterns.STOPPING)
+        program.write("go", "")
+        assert all(rest(sock).endswith(b":held:done\n") for sock in held)
+    assert program.wait_exit().code == 0
+    program.finish()
+
+
+def test_overrides(start: Start, notes: Notes) -> None:
+    """Every method of the server that is overridden is called; what verify_request() refuses is closed; an exception
+    is the server's handle_error(), and the thread serves on."""
+    program = pool(
+        start,
+        "threads = 2",
+        bases="Overrides",
+        before="""
+class Overrides(Reporting, socketserver.TCPServer):
+    worker_class = "thread"
+
+    def get_request(self):
+        request, peer = super().get_request()
+        note("get_request")
+        return request, peer
+
+    def verify_request(self, request, client_address):
+        return not (HOME / "refuse").exists()
+
+    def process_request(self, request, client_address):
+        note("process_request")
+        super().process_request(request, client_address)
+
+    def close_request(self, request):
+        note("close_request")
+        super().close_request(request)
+
+    def handle_error(self, request, client_address):
+        note(f"handle_error {sys.exc_info()[0].__name__}")
+""",
+    )
+    for number in range(1, 5):
+        with dial(program.address) as sock:
+            sock.sendall(b"x raise\n")
+            assert rest(sock) == b""
+        ask(program.address)
+        noted(notes, "handle_error", number)
+    program.write("refuse", "")
+    with dial(program.address) as sock:
+        assert rest(sock) == b""
+    noted(notes, "close_request", 9)
+    assert (len(notes("get_request")), len(notes("process_request"))) == (9, 8)
+    program.finish()
+    assert reports(notes)[0]["requests"] == 9
+
+
+# -- nothing is lost -------------------------------------------------------------------------------
+
+
+def busy_pool(start: Start, *arguments: object, **options: Any) -> Program:
+    return start("pool.py", *arguments, "--worker-class", "thread", "--threads", 4, **options).ready()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_stops_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str) -> None:
+    """16 clients that never stop, a pool that is stopped and started on one address: 0 reset, 0 unanswered."""
+    listen = {"tcp": "tcp://127.0.0.1:0", "unix": "unix:{run}/socket"}[kind]
+    program = busy_pool(start, listen, "--workers", 2)
+    address = program.address
+    clients = load(address, clients=16)
+    for turn in range(10):
+        if turn:
+            program = busy_pool(start, address, "--workers", 2, directory=program.directory)
+        clients.more(200)
+        assert program.stop().code == 0
+        program.finish()
+    tally = clients.stop()
+    assert not account(tally, ledger)
+    assert tally.lost == 0, tally
+
+
+@pytest.mark.parametrize("kind", ["tcp://127.0.0.1:0", "udp://127.0.0.1:0"])
+def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str) -> None:
+    """Reloads, retirements of single workers and recycling under 16 clients: no request fails, and none is served
+    twice."""
+    program = busy_pool(start, kind, "--workers", 3, "--max-requests", 400, "--max-requests-jitter", 100)
+    clients = load(program.address, clients=16)
+    for _ in range(5):
+        clients.more(100)
+        mark = program.mark
+        program.send(signal.SIGHUP)
+        program.wait_for(patterns.RELOADED, 20, since=mark)
+    for turn in range(20):
+        clients.more(20)
+        pids = until(lambda: children(program.pid), 5, "workers")
+        try:
+            program.send(signal.SIGTERM, pids[turn % len(pids)])
+        except ProcessLookupError:  # it was being recycled
+            continue
+    clients.more(2000)
+    tally = clients.stop()
+    assert not account(tally, ledger)
+    assert (tally.lost, tally.refused) == (0, 0), tally
+    said = " ".join(match[4] for match in program.found(patterns.LEFT))
+    assert "recycled" in said and "generation was replaced" in said and "signal from outside" in said
+    program.finish()
+
+
+# -- deadlines -------------------------------------------------------------------------------------
+
+LATE = ("request_timeout = 0.6", "graceful_timeout = 20", "threads = 4")
+
+
+@pytest.mark.parametrize("bases", [STOCK, MIXED], ids=["thread", "mixin"])
+def test_one_hangs_and_the_others_finish(start: Start, notes: Notes, bases: str) -> None:
+    """A request in a thread that is past its deadline costs itself alone: the worker is replaced at once, its other
+    requests finish, it leaves as soon as only the hung one is left, and its report shows where that is."""
+    program = pool(start, *LATE, bases=bases)
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        hung = hold(program.address, stack, "hang")
+        noted(notes, "begun")
+        held = [hold(program.address, stack, "extend gate go", f"c{number}") for number in range(2)]
+        noted(notes, "begun", 3)
+        other = until(lambda: [pid for pid in children(program.pid) if pid != worker], 3, "it is replaced")
+        until(lambda: patterns.TITLE_READY.search(processes.title(other[0])), 3, "the replacement is ready")
+        until(lambda: {ask(program.address).pid for _ in range(5)} == set(other), 3, "it takes nothing new")
+        elapse(0.3)
+        assert worker in children(program.pid) and not notes("exit")
+        program.write("go", "")
+        for number, sock in enumerate(held):
+            assert rest(sock) == f"{worker}:c{number}:done\n".encode()
+        assert rest(hung) == b""
+    (report,) = reports(notes)
+    assert (report["pid"], report["reason"], report["status"]) == (worker, "REQUEST_TIMEOUT", 0)
+    assert report["requests"] >= 2
+    assert report["serving"] and report["busy_for"] > 0.6
+    assert "in hang" in report["detail"] and "in pass_gate" in report["detail"], report["detail"]
+    assert program.wait_ready(1) == other
+    program.finish(allow=[patterns.FAULT])
+
+
+@pytest.mark.parametrize("bases", [STOCK, MIXED], ids=["thread", "mixin"])
+def test_all_hang(start: Start, notes: Notes, bases: str) -> None:
+    """Where every thread hangs the worker leaves at once, without graceful_timeout, and a queued client is served by
+    its successor."""
+    program = pool(start, *LATE[:2], "threads = 2", bases=bases)
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        hung = [hold(program.address, stack, "hang") for _ in range(2)]
+        noted(notes, "begun", 2)
+        reply = ask(program.address)
+        assert bases == MIXED or reply.pid != worker
+        assert [rest(one) for one in hung] == [b"", b""]
+    (report,) = reports(notes)
+    assert (report["pid"], report["reason"]) == (worker, "REQUEST_TIMEOUT")
+    program.wait_ready(1, without=[worker])
+    program.finish(allow=[patterns.FAULT])
+
+
+@pytest.mark.parametrize("bases", [STOCK, MIXED], ids=["thread", "mixin"])
+def test_a_thread_that_holds_the_interpreter(start: Start, notes: Notes, bases: str) -> None:
+    """A regular expression that backtracks for ever lets no signal handler run: the worker is killed for it, with the
+    stack in its report."""
+    program = pool(start, *LATE, bases=bases)
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        assert rest(hold(program.address, stack, "regex")) == b""
+    (report,) = reports(notes)
+    assert (report["pid"], report["reason"]) == (worker, "REQUEST_TIMEOUT")
+    assert report["status"] in (-signal.SIGABRT, -signal.SIGKILL)
+    assert report["busy_for"] < 5
+    if report["status"] == -signal.SIGABRT:  # not on a machine too busy for its stacks
+        assert "in hang" in report["detail"]
+    program.wait_ready(1, without=[worker])
+    ask(program.address)
+    program.finish(allow=[patterns.FAULT])
+
+
+@pytest.mark.parametrize("bases", [STOCK, MIXED], ids=["thread", "mixin"])
+def test_an_extended_deadline(start: Start, notes: Notes, bases: str) -> None:
+    """A handler that extends its deadline in time lives on, and so does its worker; the deadlines of others hold."""
+    program = pool(start, *LATE, bases=bases)
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        long = hold(program.address, stack, "extend gate go")
+        noted(notes, "begun")
+        for _ in range(6):
+            assert ask(program.address).pid == worker
+            elapse(0.25)
+        assert not notes("exit")
+        hung = hold(program.address, stack, "hang", "hung")
+        noted(notes, "begun", 2)
+        program.wait_ready(2)
+        until(lambda: worker not in {ask(program.address).pid for _ in range(5)}, 3, "it takes nothing new")
+        program.write("go", "")
+        assert rest(long) == f"{worker}:held:done\n".encode()
+        assert rest(hung) == b""
+    assert [report["pid"] for report in reports(notes)] == [worker]
+    program.finish(allow=[patterns.FAULT])
+
+
+def test_the_pool_stops_while_one_hangs(start: Start, notes: Notes, ledger: Ledger) -> None:
+    """A request that hangs is no reason for a stop to lose the queue, or to take until graceful_timeout."""
+    program = pool(start, *LATE[:2], "threads = 2")
+    with ExitStack() as stack:
+        hung = [hold(program.address, stack, "hang") for _ in range(2)]
+        noted(notes, "begun", 2)
+        queued = [hold(program.address, stack, "", f"q{number}") for number in range(10)]
+        program.send(signal.SIGTERM)
+        assert all(rest(one).endswith(b":done\n") for one in queued)
+        assert [rest(one) for one in hung] == [b"", b""]
+    assert program.wait_exit(5).code == 0
+    program.finish(allow=[patterns.FAULT])
+
+
+# -- what ends a worker ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("order", "status"), [("leave 3", 3), ("leave 0", 0), ("interrupt", 1)])
+def test_exit_in_a_handler(start: Start, notes: Notes, order: str, status: int) -> None:
+    """SystemExit and KeyboardInterrupt end the worker, as they do in one without threads; what its other threads have
+    in hand is finished first, by which time it is replaced."""
+    program = pool(start, allow=[patterns.TRACEBACK, r"\S+KeyboardInterrupt|KeyboardInterrupt"])
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        held = hold(program.address, stack, "gate go")
+        noted(notes, "begun")
+        assert rest(hold(program.address, stack, order)) == b""
+        program.wait_ready(2)
+        until(lambda: worker not in {ask(program.address).pid for _ in range(5)}, 3, "it takes nothing new")
+        program.write("go", "")
+        assert rest(held) == f"{worker}:held:done\n".encode()
+    (report,) = reports(notes)
+    assert (report["pid"], report["reason"], report["status"]) == (worker, "EXITED", status)
+    program.wait_ready(1, without=[worker])
+    program.finish()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_fast_stop(start: Start, notes: Notes, number: int) -> None:
+    """A fast stop does not wait for busy threads, nor for idle ones."""
+    program = pool(start, "workers = 2", "threads = 3")
+    program.wait_ready(2)
+    with ExitStack() as stack:
+        hold(program.address, stack, "gate go")
+        noted(notes, "begun")
+        assert program.stop(number).seconds < 2
+    program.finish()
+
+
+def test_a_listener_that_the_program_closes(start: Start, notes: Notes) -> None:
+    """A handler that closes the listener of its worker costs that worker; the pool serves on."""
+    before = """
+def answer(self, order):
+    if order == "close":
+        self.server.socket.close()
+        return "closed"
+    return perform(order)
+
+Hangs.answer = answer
+"""
+    program = pool(start, "workers = 2", "threads = 3", before=before, allow=[patterns.TRACEBACK])
+    workers = program.wait_ready(2)
+    victim = ask(program.address, "close").pid
+    until(lambda: ask(program.address) and victim not in children(program.pid), 5, "it is replaced")
+    assert victim in workers and set(program.wait_ready(2)) & set(workers)
+    report = reports(notes)[0]
+    assert (report["pid"], report["reason"], report["status"]) == (victim, "EXITED", 1)
+    assert "Bad file descriptor" in report["detail"]
+    program.finish()
