@@ -171,6 +171,9 @@ class Worker:
         something. The default ends `accept()`.
     expired()
         The request in hand is past its deadline. Called from a signal handler, too.
+    slack
+        Class-level, seconds: by how much the deadlines that the master knows are later than `request_timeout`. For a
+        class that interrupts its requests itself, so that the master finds only those where that did not help.
     teardown()
         After `run()` has returned.
 
@@ -193,6 +196,7 @@ class Worker:
     # application.
     application = False
     threads = 1  # that serve requests, if there are more than the main one
+    slack = 0.0
 
     def __init__(self, servers: Sequence[socketserver.BaseServer], seat: Seat) -> None:
         self.servers = tuple(servers)
@@ -225,7 +229,8 @@ class Worker:
         self._recycle_after = policy.recycle_after(self.options.max_requests, self.options.requests_jitter, rng)
         # After which request to call `_look()`: the hot path compares one number.
         self._limit = 1 if self.options.max_memory else self._recycle_after or 1 << 62
-        self._timeout = self.options.request_timeout or 0.0
+        limit = self.options.request_timeout
+        self._timeout = limit + self.slack if limit else 0.0
 
     # -- may be overridden -----------------------------------------------------------------------------------------
 
