@@ -11,7 +11,7 @@ import socket
 import socketserver
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import prefork.lifeline as lifeline
 import prefork.listeners as listeners
@@ -20,6 +20,7 @@ from prefork.options import Options, Settings
 from prefork.reports import WorkerExit
 from prefork.service import Service, check, renewed, service_of
 from prefork.workers.base import Worker
+from prefork.workers.sync import SyncWorker
 
 
 class PreforkMixIn(Settings):
@@ -156,7 +157,7 @@ class PreforkMixIn(Settings):
         If none comes, `handle_timeout()` is called.
         """
         pool = service_of(self)
-        options = check([self])
+        options = check([self], SyncWorker)  # which serves single requests, whatever the pool's worker_class is
         pool.reap_singles()
         if self._spent or self._held:
             listener = listeners.Listener(renewed(self), held=self._held)
@@ -201,20 +202,40 @@ def _declares(kind: type, name: str) -> type | None:
     return next((one for one in kind.__mro__ if name in vars(one)), None)
 
 
+if TYPE_CHECKING:
+
+    def _takes_any(
+        self: Any, server_address: Any, RequestHandlerClass: Callable[..., Any], bind_and_activate: bool = True
+    ) -> None:
+        """What may stand in the place of a handler depends on the class of workers."""
+
+
 class PreforkTCPServer(PreforkMixIn, socketserver.TCPServer):
     """TCP. For IPv6 set `address_family = socket.AF_INET6`."""
+
+    if TYPE_CHECKING:
+        __init__ = _takes_any
 
 
 class PreforkUDPServer(PreforkMixIn, socketserver.UDPServer):
     """UDP: each datagram is a request."""
 
+    if TYPE_CHECKING:
+        __init__ = _takes_any
+
 
 class PreforkUnixStreamServer(PreforkMixIn, socketserver.UnixStreamServer):
     """Unix stream sockets; the file belongs to the server for as long as it exists."""
 
+    if TYPE_CHECKING:
+        __init__ = _takes_any
+
 
 class PreforkUnixDatagramServer(PreforkMixIn, socketserver.UnixDatagramServer):
     """Unix datagram sockets."""
+
+    if TYPE_CHECKING:
+        __init__ = _takes_any
 
 
 def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None:
