@@ -156,7 +156,7 @@ def build(target: str, binds: Sequence[Bind], kind: type[Worker] | None = None) 
             raise ProgramError(f"{target} is {found!r}, which is no application: it cannot be called")
         _need(binds, target)
         return [_made(_SERVERS[bind.family == socket.AF_UNIX, bind.kind], bind, found) for bind in binds]
-    if isinstance(found, type) and issubclass(found, socketserver.BaseRequestHandler):
+    if isinstance(found, type) and (issubclass(found, socketserver.BaseRequestHandler) or chain.is_async(found)):
         _need(binds, target)
         for bind in binds:
             chain.check_handler(found, bind.kind)

@@ -237,7 +237,9 @@ class Worker:
     @classmethod
     def check(cls, server: Any) -> None:
         """Raise OptionError, with the mend, if this class cannot serve `server`. Runs before anything is forked."""
-        chain.check_handler(getattr(server, "RequestHandlerClass", None), server.socket_type)
+        handler = getattr(server, "RequestHandlerClass", None)
+        chain.check_handler(handler, server.socket_type)
+        chain.refuse_async(handler, cls.__name__)
 
     def setup(self) -> None:
         """Open what this process must own. Called before the worker is ready."""
