@@ -18,7 +18,7 @@ FLOORS = (
     {"errors", "options", "states", "reports"},
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
-    {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync"}
+    {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync", "workers.gate", "workers.coroutines"}
     | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi"},
     {"crew", "master"},
     {"service", "server"},
@@ -32,6 +32,9 @@ NEXT_DOOR = {
     ("workers.base", "workers.accept"),
     ("workers.base", "workers.chain"),
     *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "base", "chain")),
+    ("workers.aio", "workers.coroutines"),
+    ("workers.aio", "workers.gate"),
+    ("workers.gate", "workers.accept"),
     ("options", "errors"),
     ("lifeline", "processes"),
     ("listeners", "processes"),

@@ -1,0 +1,366 @@
+"""The shipped worker for handlers that are coroutines: an event loop, and many requests in hand at once.
+
+What the loop's turning can end, the loop ends: a request past its deadline is cancelled by a timer of the loop. The
+master only finds a loop that does not turn.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import socket
+import socketserver
+import ssl
+from time import monotonic
+from typing import Any
+
+import prefork.workers.coroutines as coroutines
+from prefork.errors import OptionError, RequestTimeout
+from prefork.workers.accept import FULL, PAUSE
+from prefork.workers.base import Request, Worker
+from prefork.workers.gate import Gate
+
+log = logging.getLogger("prefork")
+
+CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was interrupted
+
+
+class TaskRequest(Request):
+    """A request that a task has in hand. Past its deadline the task is cancelled, and the `with` block makes a
+    RequestTimeout of that.
+
+    The timer is not set anew by each extension: it looks, when it is due, whether it still is. Published is always
+    `slack` later than the timer.
+    """
+
+    __slots__ = ("_due", "_loop", "_seconds", "_set_for", "_task", "_timer", "interrupted")
+
+    _worker: "AsyncioWorker"
+
+    def __init__(self, worker: "AsyncioWorker", peer: object, seconds: float) -> None:
+        super().__init__(worker, peer, seconds + worker.slack if seconds else 0.0)
+        self._loop, self._seconds = worker.loop, seconds
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = self._set_for = 0.0
+        self.interrupted = 0  # how often
+
+    def __enter__(self) -> "TaskRequest":
+        super().__enter__()
+        if self._seconds:
+            self._task = asyncio.current_task()
+            self._due = self._set_for = self.start + self._seconds
+            self._timer = self._loop.call_later(self._seconds, self._ring)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        super().__exit__(*error)
+        if self.interrupted and self._task is not None:
+            for _ in range(self.interrupted):
+                left = self._task.uncancel()
+            if not left and isinstance(error[1], asyncio.CancelledError):
+                raise RequestTimeout(f"the request took longer than {self._seconds:g} s") from None
+
+    def extend_deadline(self, seconds: float) -> None:
+        """Give it `seconds` from now; from any thread. Where it has no deadline there is nothing to extend."""
+        if self._timer is not None:
+            self._due = monotonic() + seconds
+            if self._due < self._set_for:
+                self._loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            seconds = max(0.0, self._due - monotonic())
+            self._set_for = self._due
+            self._timer = self._loop.call_later(seconds, self._ring)
+            super().extend_deadline(seconds + self._worker.slack)
+
+    def _ring(self) -> None:
+        if self._due - monotonic() < 0.002:  # uvloop counts in milliseconds
+            if self.interrupted == 1:
+                self._worker.stubborn(self)
+            self.interrupted += 1
+            assert self._task is not None
+            self._task.cancel()
+            self._due = monotonic() + CLEANUP
+        self._set()
+
+
+class AsyncioWorker(Worker):
+    """Serves handlers that are coroutines, `max_connections` at once, on uvloop where that is installed.
+
+    May be overridden, beside what `Worker` says
+    --------------------------------------------
+    new_loop()
+        The event loop, made when it is first asked for.
+    setup()
+        `self.loop` is there, and does not turn yet: open a pool of connections by
+        `self.loop.run_until_complete(...)`. Tasks made here run while the worker serves.
+    teardown()
+        The loop does not turn any more: `self.loop.run_until_complete(...)` again, and then `super().teardown()`.
+
+    To be read, beside what `Worker` says
+    -------------------------------------
+    loop, leaving (an `asyncio.Event` that is set once the worker is to leave)
+
+    A worker that leaves takes no more, and waits for what it has in hand. What is left shortly before the end of
+    `graceful_timeout` is cancelled, so that `finally` blocks still run.
+    """
+
+    batch = 8  # taken in one turn of the loop; with 1 a connection under load costs a third more
+    slack = 1.0  # a loop that has not turned for so long when a request is due is hung
+    farewell = 1.0  # seconds before the end of `graceful_timeout`, at most a quarter of it
+
+    @classmethod
+    def check(cls, server: Any) -> None:
+        coroutines.check_handler(getattr(server, "RequestHandlerClass", None), server.socket_type)
+        for name in ("process_request", "finish_request", "shutdown_request", "close_request"):
+            stock = (
+                getattr(kind, name)
+                for kind in (socketserver.BaseServer, socketserver.TCPServer, socketserver.UDPServer)
+            )
+            if name in vars(server) or getattr(type(server), name) not in stock:
+                raise OptionError(
+                    f"worker_class: {cls.__name__} does not call {type(server).__name__}.{name}(); leave it out "
+                    "(ThreadingMixIn too), or choose another worker_class"
+                )
+
+    def new_loop(self) -> asyncio.AbstractEventLoop:
+        """Make the event loop: uvloop's, or asyncio's own where that is not installed."""
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.SelectorEventLoop()
+        return uvloop.new_event_loop()
+
+    @functools.cached_property
+    def _runner(self) -> asyncio.Runner:
+        return asyncio.Runner(loop_factory=self.new_loop)
+
+    @functools.cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._runner.get_loop()
+
+    @functools.cached_property
+    def leaving(self) -> asyncio.Event:
+        return asyncio.Event()
+
+    # -- the life of the loop --------------------------------------------------------------------------------------
+
+    _turning = _cut_off = False
+    _left_at = 0.0
+
+    def run(self) -> None:
+        loop = self.loop
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Event()
+        self._paused = False
+        self._over: asyncio.Future[None] = loop.create_future()
+        self._tls = {id(server): _bared(server) for server in self.servers}
+        self._gate = Gate(loop, self.acceptor, self._found)
+        self._turning = True
+        if self.draining:  # told before there was a loop to wake
+            self._told()
+        loop.run_until_complete(self._serve())
+
+    def drain(self) -> None:
+        self._left_at = monotonic()
+        if self._turning:
+            self.loop.call_soon_threadsafe(self._told)
+
+    def expired(self) -> None:
+        """The loop has not turned for `slack` seconds after a request was due. Whatever was raised here might hit a
+        neighbour, or the loop itself: the master kills this worker, and its report shows where it stands."""
+
+    def stubborn(self, request: TaskRequest) -> None:
+        """A request goes on though it was interrupted `CLEANUP` seconds ago. It is interrupted again and again, and the
+        worker is replaced: its memory and its place among `max_connections` do not come back otherwise."""
+        log.warning(
+            "worker %d: a request from %s goes on after its RequestTimeout; the worker is to be replaced",
+            self.slot,
+            request.peer,
+        )
+        self.recycle("a request does not end")
+
+    def teardown(self) -> None:
+        """Cancel all tasks that are left, end asynchronous generators and the default executor, close the loop."""
+        self._runner.close()
+
+    def _told(self) -> None:
+        self.leaving.set()
+        if not self._over.done():
+            self._over.set_result(None)
+            patience = self.options.graceful_timeout
+            end = self._left_at + patience - min(self.farewell, patience / 4)
+            self.loop.call_later(max(0.0, end - monotonic()), self._cut)
+        self._watch()
+
+    def _cut(self) -> None:
+        """The master's patience is about to end: have what is left in hand end by itself."""
+        self._cut_off = True
+        self._room.set()
+        if self._tasks:
+            log.warning("worker %d: requests in hand at the end of graceful_timeout: %d", self.slot, len(self._tasks))
+        for task in self._tasks:
+            task.cancel()
+
+    async def _serve(self) -> None:
+        self._watch()
+        try:
+            await self._over
+            await self._take_rest()
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+        finally:
+            self._turning = False
+            self._over.cancel()
+            self._watch()
+            self._gate.discard()
+
+    # -- taking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _full(self) -> bool:
+        return len(self._tasks) >= self.options.max_connections
+
+    def _watch(self) -> None:
+        """Watch the listeners if there is room for another."""
+        wanted = not (self._full or self._paused or self._over.done())
+        if wanted is not self._gate.is_open:
+            self._gate.open() if wanted else self._gate.close()
+
+    def _found(self, fd: int) -> None:
+        if not self._gate.is_open:
+            return
+        try:
+            for _ in range(self.batch):
+                if self._full or not self._take(fd):
+                    break
+        except OSError as error:
+            if error.errno in FULL:
+                self.acceptor.say_full(error)
+                self._paused = True
+                self.loop.call_later(PAUSE, self._resume)
+            elif not self._over.done():
+                self._over.set_exception(error)  # the program has closed the listener
+        self._watch()
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._watch()
+
+    def _take(self, fd: int) -> bool:
+        taken = self.acceptor.try_take(fd)
+        if taken is None:
+            return False
+        task = self.loop.create_task(self._one(*taken))
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return True
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._room.set()
+        self._watch()
+
+    async def _take_rest(self) -> None:
+        """The last look, so that no wake-up is lost that the kernel gave to this worker alone; or the whole queue."""
+        for fd in self.acceptor.fds:
+            for number in range(self.acceptor.last_look()):
+                while self._full and self.pool_drains and not self._cut_off:
+                    self._room.clear()
+                    await self._room.wait()
+                if self._cut_off or (self._full and number):
+                    break
+                try:
+                    if not self._take(fd):
+                        break
+                except OSError as error:
+                    self.acceptor.say_full(error)
+                    if error.errno not in FULL or not self.pool_drains:
+                        break
+                    await asyncio.sleep(PAUSE)
+                await asyncio.sleep(0)
+
+    # -- serving ---------------------------------------------------------------------------------------------------
+
+    def serving(self, peer: object = "", timeout: float | None = None) -> TaskRequest:
+        """Around one request of the running task. RequestTimeout is what comes out of the `with` block."""
+        return TaskRequest(self, peer, (self.options.request_timeout or 0.0) if timeout is None else timeout)
+
+    async def _one(self, server: Any, request: Any, peer: Any) -> None:
+        """One request, from the accept to the close."""
+        serve = self._datagram if server.socket_type == socket.SOCK_DGRAM else self._stream
+        try:
+            await serve(server, request, peer)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            server.handle_error(request, peer)  # it has cancelled itself, or something that it waited for
+        except Exception:
+            server.handle_error(request, peer)
+
+    async def _datagram(self, server: Any, request: Any, peer: Any) -> None:
+        with self.serving(peer):
+            if server.verify_request(request, peer):
+                await server.RequestHandlerClass(request, peer, server).serve()
+
+    async def _stream(self, server: Any, request: socket.socket, peer: Any) -> None:
+        writer = None
+        try:
+            with self.serving(peer):
+                if not server.verify_request(request, peer):
+                    return
+                reader, writer = await self._streams(server, request)
+                try:
+                    await server.RequestHandlerClass((reader, writer), peer, server).serve()
+                except Exception:
+                    server.handle_error(request, peer)
+                await _sent(writer)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+        except _Dropped:
+            pass
+        finally:
+            if writer is None:
+                request.close()
+            else:
+                writer.transport.abort()
+
+    async def _streams(self, server: Any, request: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader = asyncio.StreamReader(coroutines.unwrapped(server.RequestHandlerClass).limit, self.loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
+        try:
+            transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, request, **self._tls[id(server)])
+        except OSError as error:
+            raise _Dropped from error
+        return reader, asyncio.StreamWriter(transport, protocol, reader, self.loop)
+
+
+class _Dropped(Exception):
+    """A client that is gone before it was served, or has failed in its handshake: no error of the program."""
+
+
+async def _sent(writer: asyncio.StreamWriter) -> None:
+    """Wait until the kernel has all of what was written, as far as the transport knows."""
+    if writer.transport.get_write_buffer_size():
+        writer.transport.set_write_buffer_limits(high=0)
+        with contextlib.suppress(OSError):  # the client did not wait for the answer
+            await writer.drain()
+
+
+def _bared(server: Any) -> dict[str, Any]:
+    """What transports of a TLS listener need; it then accepts as a plain one, for the loop does the handshake."""
+    listener = server.socket
+    if not isinstance(listener, ssl.SSLSocket):
+        return {}
+    context = listener.context
+    server.socket = socket.socket(listener.family, listener.type, listener.proto, listener.detach())
+    # A client that does not answer the end of TLS holds its connection, and a stop, for so long.
+    return {"ssl": context, "ssl_shutdown_timeout": 5.0}
