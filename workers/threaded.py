@@ -74,7 +74,8 @@ class ThreadWorker(Worker):
 
     def expired(self) -> None:
         super().expired()
-        self._ends.put(_HUNG)
+        if self.draining:
+            self._ends.put(_HUNG)
 
     def _replace_hung(self) -> None:
         """Perhaps all threads hang; somebody must be there to find out that there is nothing more to take."""
