@@ -71,7 +71,17 @@ def pool(start: Start, *settings: str, bases: str = STOCK, before: str = "", **o
 
 
 def reports(notes: Notes, number: int = 1, timeout: float = 10.0) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in noted(notes, "exit", number, timeout)]
+    """The reports, whole: a line with the stacks of many threads is long, and may be read while it is written."""
+
+    def whole() -> list[dict[str, Any]] | None:
+        try:
+            return [json.loads(line) for line in noted(notes, "exit", number, timeout)]
+        except json.JSONDecodeError:
+            return None
+
+    found = until(whole, timeout, "whole reports")
+    assert found is not None
+    return found
 
 
 def threads_of(pid: int) -> int:
