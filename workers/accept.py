@@ -243,7 +243,9 @@ class Acceptor:
         try:
             request, peer = take()
         except OSError as error:
-            if error.errno in FULL or (error.errno in _BROKEN and not self._worker.draining):
+            # A Unix listener that was shut down because the whole pool stops says EINVAL, maybe before TERM has come.
+            leaving = self._worker.draining or self._worker.pool_drains
+            if error.errno in FULL or (error.errno in _BROKEN and not leaving):
                 raise
             return None
         return server, request, peer
