@@ -185,7 +185,7 @@ class Worker:
     To be read
     ----------
     servers, server (the first of them), slot (a stable small number, unique among live workers), generation, options,
-    draining, pool_drains, acceptor (for a loop that waits for more than listeners)
+    draining, quitting (draining, and in a hurry), pool_drains, acceptor (for a loop that waits for more than listeners)
 
     Inherited by the fork: everything the master held before it, apart from its threads and its own descriptors. A
     connection to a database that was opened before the fork is shared with the siblings, and breaks: open it in
@@ -202,7 +202,7 @@ class Worker:
         self.servers = tuple(servers)
         self.server = self.servers[0]
         self.slot, self.generation, self.options = seat.slot, seat.generation, seat.options
-        self.draining = False
+        self.draining = self.quitting = False
         self._seat = seat
         self._forking = threading.local()  # the signal mask of a thread that forks
         self._disowned = False  # in a child that the program forked from this worker
@@ -428,6 +428,7 @@ class Worker:
         if not self._ready or self._board.floats[scoreboard.BUSY_SINCE]:
             self._uplink.say(lifeline.LEAVES)
             os._exit(0)
+        self.quitting = True
         self._on_term(signum, frame)
         self._board.set_phase(Phase.LEAVING)
 
