@@ -19,7 +19,7 @@ FLOORS = (
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
     {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync", "workers.gate", "workers.coroutines"}
-    | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi"},
+    | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi", "workers.site"},
     {"crew", "master"},
     {"service", "server"},
     {"scout", "program", "cli", "__main__"},
@@ -34,6 +34,8 @@ NEXT_DOOR = {
     *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "base", "chain")),
     ("workers.aio", "workers.coroutines"),
     ("workers.aio", "workers.gate"),
+    ("workers.asgi", "workers.gate"),
+    ("workers.asgi", "workers.site"),
     ("workers.gate", "workers.accept"),
     ("options", "errors"),
     ("lifeline", "processes"),

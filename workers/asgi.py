@@ -1,0 +1,329 @@
+"""The shipped worker for ASGI applications: uvicorn's protocols in an event loop of the worker's own.
+
+A lifespan starts before the worker is ready, so that one that fails is a boot failure and the old generation serves on;
+it ends when nothing is in hand any more. What the loop's turning can end, the loop ends: a request past its deadline is
+cancelled by a timer. The master only finds a loop that does not turn.
+
+A worker that leaves closes no connection on which a request may be on its way: replies say that they are the last, and
+one that rests is closed when it has been silent for `linger` and nothing has arrived.
+"""
+
+import asyncio
+import contextlib
+import functools
+import importlib.util
+import inspect
+import logging
+import select
+import socket
+import socketserver
+import ssl
+import sys
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any
+
+from prefork.errors import OptionError
+from prefork.workers.accept import FULL, PAUSE
+from prefork.workers.base import Worker
+from prefork.workers.gate import Gate
+
+log = logging.getLogger("prefork")
+
+TURN = 0.02  # seconds between two looks of a worker that leaves
+HANDSHAKE = 10.0  # seconds for a TLS handshake
+
+
+class ASGIWorker(Worker):
+    """Serves an ASGI application (2 or 3): HTTP and WebSockets, on uvloop and httptools where those are installed.
+
+    A server's RequestHandlerClass is the application.
+
+    May be overridden, beside what `Worker` says
+    --------------------------------------------
+    uvicorn_options
+        Class-level: what `uvicorn.Config` is to be told besides, such as `{"root_path": "/api"}`. Not what the pool
+        decides: addresses, processes, signals, reloading.
+    linger
+        Class-level, seconds: how long a worker that leaves keeps a connection after its last reply, or its accept.
+    """
+
+    application = True
+    slack = 1.0  # a loop that has not turned for so long when a request is due is hung
+    linger = 1.0
+    farewell = 1.0  # seconds before the end of `graceful_timeout`, at most a tenth of it: what runs is cancelled
+    uvicorn_options: Mapping[str, Any] = {}
+
+    @classmethod
+    def check(cls, server: Any) -> None:
+        if server.socket_type != socket.SOCK_STREAM:
+            raise OptionError("worker_class: asgi serves streams, the server takes datagrams; bind tcp:// or unix:")
+        check_application(getattr(server, "RequestHandlerClass", None))
+        if importlib.util.find_spec("uvicorn") is None:
+            raise OptionError("worker_class: asgi needs uvicorn; pip install 'prefork[asgi]'")
+
+    def new_loop(self) -> asyncio.AbstractEventLoop:
+        """Make the event loop: uvloop's, or asyncio's own where that is not installed."""
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.SelectorEventLoop()
+        return uvloop.new_event_loop()
+
+    # -- the life of the loop --------------------------------------------------------------------------------------
+
+    _turning = False
+    _left_at = 0.0
+
+    def setup(self) -> None:
+        self._runner = asyncio.Runner(loop_factory=self.new_loop)
+        self.loop = self._runner.get_loop()
+        if self.options.access_log:
+            log_accesses(self.options.access_log)
+        self._runner.run(self._start())
+
+    async def _start(self) -> None:
+        from prefork.workers.site import Connections, Site
+
+        self._connections = Connections(self._fewer)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sites: dict[int, Site] = {}
+        for server in self.servers:
+            app = server.RequestHandlerClass
+            if id(app) not in self._sites:
+                site = Site(app, self, self.uvicorn_options)
+                site.state.connections, site.state.tasks = self._connections, self._tasks
+                await site.lifespan.start()
+                self._sites[id(app)] = site
+
+    def run(self) -> None:
+        self._opening: set[asyncio.Future[Any]] = set()  # accepted, and not among the connections yet
+        self._paused = False
+        self._over: asyncio.Future[None] = self.loop.create_future()
+        self._tls = {id(server): _bared(server) for server in self.servers}
+        self._gate = Gate(self.loop, self.acceptor, self._found)
+        self._turning = True
+        if self.draining:  # told before there was a loop to wake
+            self._told()
+        self._runner.run(self._serve())
+
+    def drain(self) -> None:
+        self._left_at = monotonic()
+        if self._turning:
+            self.loop.call_soon_threadsafe(self._told)
+
+    def expired(self) -> None:
+        """The loop has not turned for `slack` seconds after a request was due. Nothing can be raised in it that would
+        not hit a neighbour: the master kills this worker, and its report shows where it stands."""
+
+    def extend_deadline(self, seconds: float) -> None:
+        super().extend_deadline(seconds + self.slack)
+
+    def stubborn(self, peer: object) -> None:
+        """A request goes on though it was cancelled `CLEANUP` seconds ago: it is in a thread, or does not mind. It is
+        cancelled again and again; the default also has the worker replaced."""
+        log.warning("worker %d: a request from %s goes on after its RequestTimeout", self.slot, peer)
+        self.recycle("a request does not end")
+
+    def teardown(self) -> None:
+        self._runner.run(self._stop())
+        self._runner.close()
+
+    async def _stop(self) -> None:
+        for site in self._sites.values():
+            await site.lifespan.stop()
+
+    def _told(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    async def _serve(self) -> None:
+        try:
+            self._watch()
+            await self._over
+            await self._empty()
+        finally:
+            if self._gate.is_open:
+                self._gate.close()
+            self._gate.discard()
+            self._turning = False
+
+    # -- taking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _room(self) -> int:
+        return self.options.max_connections - len(self._connections) - len(self._opening)
+
+    def _watch(self) -> None:
+        """Watch the listeners if there is room for another."""
+        wanted = not (self._paused or self._over.done() or self._room <= 0)
+        if wanted is not self._gate.is_open:
+            self._gate.open() if wanted else self._gate.close()
+
+    def _fewer(self) -> None:
+        if not self._gate.is_open:
+            self._watch()
+
+    def _found(self, fd: int) -> None:
+        if not self._gate.is_open:
+            return
+        try:
+            self._take(fd)
+        except OSError as error:
+            if error.errno in FULL:
+                self.acceptor.say_full(error)
+                self._paused = True
+                self.loop.call_later(PAUSE, self._resume)
+            elif not self._over.done():
+                self._over.set_exception(error)  # the program has closed the listener
+        self._watch()
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._watch()
+
+    def _take(self, fd: int) -> bool:
+        """One connection from a listener. Whether there was one."""
+        taken = self.acceptor.try_take(fd)
+        if taken is None:
+            return False
+        server, request, peer = taken
+        try:
+            if not server.verify_request(request, peer):
+                server.shutdown_request(request)
+                return True
+        except Exception:
+            server.handle_error(request, peer)
+            server.shutdown_request(request)
+            return True
+        site = self._sites[id(server.RequestHandlerClass)]
+        begun = self.loop.create_task(
+            self.loop.connect_accepted_socket(site.protocol, request, **self._tls[id(server)])
+        )
+        self._opening.add(begun)
+        begun.add_done_callback(functools.partial(self._opened, request))
+        return True
+
+    def _opened(self, request: socket.socket, begun: "asyncio.Future[Any]") -> None:
+        self._opening.discard(begun)
+        if begun.cancelled() or begun.exception():  # a failed handshake, or it is gone already
+            request.close()
+            self._fewer()
+
+    # -- leaving ---------------------------------------------------------------------------------------------------
+
+    async def _empty(self) -> None:
+        """Take what is to be taken, and have every connection end, none with a request on its way."""
+        self._watch()
+        for site in self._sites.values():
+            site.closing = True
+        patience = self.options.graceful_timeout
+        end = self._left_at + patience - min(self.farewell, patience / 10)
+        told: set[Any] = set()
+        first = True
+        while True:
+            left = self._look_again() if first or self.pool_drains else False
+            first = False
+            self._dismiss(told)
+            if not (left or self._tasks or self._opening or self._connections):
+                return
+            if monotonic() >= end:
+                await self._give_up()
+                return
+            await asyncio.sleep(TURN)
+
+    def _look_again(self) -> bool:
+        """No wake-up may be lost that the kernel gave to this worker alone, and when the whole pool stops the queue is
+        to be emptied. Whether something is left that must be taken."""
+        for fd in self.acceptor.fds:
+            for _ in range(self.acceptor.last_look()):
+                if self._room <= 0:
+                    return self.pool_drains
+                try:
+                    if not self._take(fd):
+                        break
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
+                    self.acceptor.say_full(error)
+                    return self.pool_drains
+        return False
+
+    def _dismiss(self, told: set[Any]) -> None:
+        """Have connections end that can."""
+        from prefork.workers import site
+
+        now, quiet = self.loop.time(), {}
+        for one in list(self._connections):
+            if site.is_websocket(one):
+                if one not in told and site.is_open_websocket(one):
+                    told.add(one)
+                    one.shutdown()  # 1012: the service restarts
+            elif not site.is_between(one):
+                one.shutdown()  # when it has replied
+            elif self.quitting:
+                one.shutdown()
+            elif site.has_begun(one):
+                if monotonic() - self._left_at > max(self.linger, self.options.keepalive_timeout):
+                    one.shutdown()
+            elif site.silent_for(one, now) >= self.linger:
+                quiet[site.descriptor(one)] = one
+        if quiet:
+            poll = select.poll()
+            for fd in quiet:
+                poll.register(fd, select.POLLIN)
+            arrived = {fd for fd, _ in poll.poll(0)}
+            for fd, one in quiet.items():
+                if fd not in arrived:
+                    one.shutdown()
+
+    async def _give_up(self) -> None:
+        """The end of `graceful_timeout` is near: `finally` blocks, and the lifespan, shall still run."""
+        log.warning("worker %d: requests in hand at the end of graceful_timeout: %d", self.slot, len(self._tasks))
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.farewell)
+
+
+def check_application(app: Any) -> None:
+    """Raises OptionError for what is no ASGI application."""
+    if isinstance(app, type) and issubclass(app, socketserver.BaseRequestHandler):
+        raise OptionError(
+            f"RequestHandlerClass: {app.__name__} is a handler of socketserver, no ASGI application; choose another "
+            "worker_class"
+        )
+    if not callable(app):
+        raise OptionError(f"RequestHandlerClass: {app!r} is no ASGI application: it cannot be called")
+    try:
+        signature = inspect.signature(app)
+    except (TypeError, ValueError):
+        return  # a builtin tells nothing about its parameters
+    for arguments in ((None, None, None), (None,), ()):  # ASGI 3, ASGI 2, a factory
+        with contextlib.suppress(TypeError):
+            signature.bind(*arguments)
+            return
+    raise OptionError(
+        f"RequestHandlerClass: {app!r} is no ASGI application: it cannot be called with (scope, receive, send); a WSGI "
+        "application takes worker_class wsgi"
+    )
+
+
+def log_accesses(where: str) -> None:
+    """Send uvicorn's access log to a file, which USR1 opens again, or (-) to standard output."""
+    handler = logging.StreamHandler(sys.stdout) if where == "-" else logging.FileHandler(where)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    accesses = logging.getLogger("uvicorn.access")
+    accesses.setLevel(logging.INFO)
+    accesses.addHandler(handler)
+    accesses.propagate = False
+
+
+def _bared(server: Any) -> dict[str, Any]:
+    """What transports of a TLS listener need; it then accepts as a plain one, for the loop does the handshake."""
+    listener = server.socket
+    if not isinstance(listener, ssl.SSLSocket):
+        return {}
+    context = listener.context
+    server.socket = socket.socket(listener.family, listener.type, listener.proto, listener.detach())
+    return {"ssl": context, "ssl_handshake_timeout": HANDSHAKE}

@@ -1,0 +1,283 @@
+"""An ASGI application as uvicorn's protocols serve it: its lifespan, the accounts around each request, and what can be
+told of a connection from outside.
+
+uvicorn is a library here. Taken from it are `Config` (which finds out what kind of application this is), the protocols,
+and the state that they share; not its Server, which owns signals and sockets and wakes up ten times a second.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from email.utils import formatdate
+from time import monotonic
+from typing import Any, Protocol
+
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from prefork.errors import PreforkError, RequestTimeout
+from prefork.options import Options
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+log = logging.getLogger("prefork")
+
+CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was cancelled
+_EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop counts in milliseconds
+_FAREWELL = 1.0  # seconds that a lifespan has, once it has said that it is over, to be over
+
+
+class Accounts(Protocol):
+    """What a site asks of its worker."""
+
+    options: Options
+    slack: float
+
+    def serving(self, peer: object = "", timeout: float | None = None) -> Any: ...
+
+    def stubborn(self, peer: object) -> None: ...
+
+
+class Connections(set[Any]):
+    """Those of a worker. uvicorn's protocols add and remove themselves; `fewer` is called when one has."""
+
+    def __init__(self, fewer: Callable[[], object]) -> None:
+        self.fewer = fewer
+
+    def discard(self, one: Any) -> None:
+        super().discard(one)
+        self.fewer()
+
+    def remove(self, one: Any) -> None:
+        super().remove(one)
+        self.fewer()
+
+
+class State(ServerState):
+    """What the protocols of a site share. The Date header is made when it is asked for, so that nothing ticks."""
+
+    connections: Any
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._config = config
+        self._second = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        now = time.time()
+        if int(now) != self._second:
+            self._second = int(now)
+            date = [(b"date", formatdate(now, usegmt=True).encode())] if self._config.date_header else []
+            self._headers = date + self._config.encoded_headers
+        return self._headers
+
+    @default_headers.setter
+    def default_headers(self, value: object) -> None:
+        """uvicorn begins with none."""
+
+
+class Site:
+    """One application in one worker. Made in the worker's event loop.
+
+    Parameters
+    ----------
+    given
+        What `uvicorn.Config` is to be told beside what follows from the options.
+    """
+
+    def __init__(self, app: Any, worker: Accounts, given: Mapping[str, Any]) -> None:
+        options = worker.options
+        if logging.getLogger("uvicorn.error").level == logging.NOTSET:
+            given = {"log_level": "info", **given}  # or the protocols log each connection for whoever traces
+        settings: dict[str, Any] = {
+            "log_config": None,
+            "access_log": bool(options.access_log),
+            "timeout_keep_alive": options.keepalive_timeout,
+            # Trusting a header that every client can send is an order that only the operator can give.
+            "proxy_headers": "FORWARDED_ALLOW_IPS" in os.environ,
+            "backlog": 0,
+            **given,
+        }
+        self.config = Config(app, **settings)
+        self.config.load()
+        self.state = State(self.config)
+        self.closing = not options.keepalive_timeout  # whether each connection is to end with the next reply
+        self._app: Any = self.config.loaded_app
+        self._worker, self._timeout = worker, options.request_timeout
+        self._serving = worker.serving
+        self._loop = asyncio.get_running_loop()
+        self.lifespan = Lifespan(self._app, self.config)
+        self.config.loaded_app = self._serve
+
+    def protocol(self) -> asyncio.Protocol:
+        """For a new connection."""
+        make: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = make(
+            config=self.config, server_state=self.state, app_state=self.lifespan.state, _loop=self._loop
+        )
+        made.prefork_since = monotonic()  # type: ignore[attr-defined]
+        return made
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send) -> Any:
+        if scope["type"] != "http":
+            with self._serving(scope["client"] or "", 0.0):  # a WebSocket lives for as long as its ends want
+                return await self._app(scope, receive, send)
+        if self.closing:
+            send = _last_reply(send)
+        with self._serving(scope["client"] or "") as request:
+            if not self._timeout:
+                return await self._app(scope, receive, send)
+            limit = _Limit(self._worker, self._loop, request, self._timeout)
+            try:
+                return await self._app(scope, receive, send)
+            except asyncio.CancelledError as error:
+                if not limit.late:
+                    raise
+                raise RequestTimeout(f"the request took longer than {self._timeout:g} s") from error
+            finally:
+                limit.timer.cancel()
+
+
+class _Limit:
+    """A timer of the loop that cancels the running task when its request is due, however often that is moved."""
+
+    def __init__(self, worker: Accounts, loop: asyncio.AbstractEventLoop, request: Any, seconds: float) -> None:
+        self.late = False
+        self.timer = loop.call_later(seconds, self._ring)
+        self._worker, self._loop, self._request = worker, loop, request
+        self._task = asyncio.current_task()
+
+    def _ring(self) -> None:
+        left = self._request.deadline - self._worker.slack - monotonic()
+        if left > _EARLY:
+            self.timer = self._loop.call_later(left, self._ring)
+            return
+        if self.late:
+            self._worker.stubborn(self._request.peer)
+        self.late = True
+        assert self._task is not None
+        self._task.cancel()
+        # The loop turns, so this is no case for the master.
+        self._request.extend_deadline(CLEANUP + self._worker.slack)
+        self.timer = self._loop.call_later(CLEANUP, self._ring)
+
+
+def _last_reply(send: Send) -> Send:
+    """Have a reply say that the connection ends with it: uvicorn then ends it."""
+
+    async def last(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await send(message)
+
+    return last
+
+
+class Lifespan:
+    """An application's own start and end.
+
+    An application without a lifespan raises when it sees the scope, and is served all the same, as the specification
+    demands. One that has taken the order to start and then raises has failed to start: an old generation is worth more
+    than a new one without its database. (uvicorn serves such a one.)
+    """
+
+    def __init__(self, app: Any, config: Config) -> None:
+        self.state: dict[str, Any] = {}
+        self._app, self._config = app, config
+        self._orders: asyncio.Queue[Message] = asyncio.Queue()
+        self._task: asyncio.Task[Any] | None = None
+        self._taken = self._foreign = False
+        self._answer: asyncio.Future[str | None] | None = None
+
+    async def start(self) -> None:
+        """Raises whatever the application's start has raised."""
+        if self._config.lifespan == "off":
+            return
+        scope = {
+            "type": "lifespan",
+            "asgi": {"version": self._config.asgi_version, "spec_version": "2.0"},
+            "state": self.state,
+        }
+        self._task = asyncio.ensure_future(self._app(scope, self._receive, self._send))
+        if failure := await self._ask("startup"):
+            raise failure
+
+    async def stop(self) -> None:
+        if self._task is None or self._task.done():
+            if self._task is not None and not self._task.cancelled() and self._taken and self._task.exception():
+                log.error("the application's lifespan has ended early", exc_info=self._task.exception())
+            return
+        if failure := await self._ask("shutdown"):
+            log.error("the application's shutdown failed", exc_info=failure)
+        else:
+            await asyncio.wait([self._task], timeout=_FAREWELL)
+
+    async def _ask(self, what: str) -> BaseException | None:
+        """Give an order, wait for the answer. Returns the failure, if it is one."""
+        assert self._task is not None
+        self._answer = asyncio.get_running_loop().create_future()
+        self._orders.put_nowait({"type": f"lifespan.{what}"})
+        await asyncio.wait([self._task, self._answer], return_when=asyncio.FIRST_COMPLETED)
+        said = self._answer.result() if self._answer.done() else None
+        if said is not None:  # most raise what it was after they have said that they failed
+            await asyncio.wait([self._task], timeout=_FAREWELL)
+        raised = self._task.exception() if self._task.done() and not self._task.cancelled() else None
+        if said is not None:
+            return raised or PreforkError(f"the application's {what} failed: {said or 'it does not say why'}")
+        unsupported = not self._taken or self._foreign
+        return None if unsupported and self._config.lifespan != "on" else raised
+
+    async def _receive(self) -> Message:
+        self._taken = True
+        return await self._orders.get()
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"]
+        if not kind.startswith("lifespan."):
+            self._foreign = True
+            raise RuntimeError(f"{kind} is no message of a lifespan")
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(str(message.get("message", "")) if kind.endswith(".failed") else None)
+
+
+# -- what can be told of a connection ----------------------------------------------------------------------------------
+
+
+def is_websocket(one: Any) -> bool:
+    return not hasattr(one, "cycle")
+
+
+def is_open_websocket(one: Any) -> bool:
+    """Whether its handshake is over: one that is closed before that gets a 500."""
+    return bool(getattr(one, "handshake_complete", True))
+
+
+def is_between(one: Any) -> bool:
+    """Whether an HTTP connection has no request in hand: none yet, or the last one is answered."""
+    return one.cycle is None or one.cycle.response_complete
+
+
+def has_begun(one: Any) -> bool:
+    """Whether the head of another request has come in part (the first one's: with httptools only)."""
+    if one.cycle is None:
+        return getattr(one, "scope", None) is not None
+    return one.timeout_keep_alive_task is None
+
+
+def silent_for(one: Any, now: float) -> float:
+    """Seconds since the last reply, or since the accept. `now` is on the loop's clock, which is the monotonic one."""
+    timer = one.timeout_keep_alive_task
+    since = timer.when() - one.timeout_keep_alive if timer is not None else one.prefork_since
+    return now - float(since)
+
+
+def descriptor(one: Any) -> int:
+    """Of its socket; -1: it is closed."""
+    sock = one.transport.get_extra_info("socket")
+    return -1 if sock is None or one.transport.is_closing() else int(sock.fileno())
