@@ -28,7 +28,7 @@ log = logging.getLogger("prefork")
 
 CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was cancelled
 _EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop counts in milliseconds
-_FAREWELL = 1.0  # seconds that a lifespan has, once it has said that it is over, to be over
+FAREWELL = 1.0  # seconds that a lifespan has, once it has said that it is over, to be over
 
 
 class Accounts(Protocol):
@@ -207,16 +207,16 @@ class Lifespan:
         self._task = asyncio.ensure_future(self._app(scope, self._receive, self._send))
         if failure := await self._ask("startup"):
             raise failure
+        if self._task.done():
+            self._task = None  # it has none
 
     async def stop(self) -> None:
-        if self._task is None or self._task.done():
-            if self._task is not None and not self._task.cancelled() and self._taken and self._task.exception():
-                log.error("the application's lifespan has ended early", exc_info=self._task.exception())
+        """Logs what the application's end has raised."""
+        if self._task is None:
             return
         if failure := await self._ask("shutdown"):
-            log.error("the application's shutdown failed", exc_info=failure)
-        else:
-            await asyncio.wait([self._task], timeout=_FAREWELL)
+            log.error("the application's lifespan has failed", exc_info=failure)
+        await asyncio.wait([self._task], timeout=FAREWELL)
 
     async def _ask(self, what: str) -> BaseException | None:
         """Give an order, wait for the answer. Returns the failure, if it is one."""
@@ -226,7 +226,7 @@ class Lifespan:
         await asyncio.wait([self._task, self._answer], return_when=asyncio.FIRST_COMPLETED)
         said = self._answer.result() if self._answer.done() else None
         if said is not None:  # most raise what it was after they have said that they failed
-            await asyncio.wait([self._task], timeout=_FAREWELL)
+            await asyncio.wait([self._task], timeout=FAREWELL)
         raised = self._task.exception() if self._task.done() and not self._task.cancelled() else None
         if said is not None:
             return raised or PreforkError(f"the application's {what} failed: {said or 'it does not say why'}")
