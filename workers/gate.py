@@ -9,7 +9,6 @@ Without an epoll that can be reached the herd wakes up, and the kernel's answer 
 """
 
 import asyncio
-import contextlib
 import os
 import select
 import selectors
@@ -18,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from prefork.workers.accept import Acceptor
+
+AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 
 
 class Gate:
@@ -34,7 +35,7 @@ class Gate:
     def __init__(self, loop: asyncio.AbstractEventLoop, acceptor: Acceptor, found: Callable[[int], object]) -> None:
         self.is_open = False
         self._loop, self._acceptor, self._found = loop, acceptor, found
-        self._epoll, self._at_once = _epoll_of(loop)
+        self._epoll = _epoll_of(loop)
         for fd in acceptor.fds:
             os.set_blocking(fd, False)
 
@@ -42,8 +43,7 @@ class Gate:
         self.is_open = True
         for fd in self._acceptor.fds:
             self._loop.add_reader(fd, self._ready, fd)
-            if self._at_once and self._epoll is not None:
-                self._acceptor.step_back(self._epoll, fd)
+            self._loop.call_soon(self._step_back, fd)
 
     def close(self) -> None:
         self.is_open = False
@@ -57,21 +57,28 @@ class Gate:
 
     def _ready(self, fd: int) -> None:
         self._found(fd)
+        self._step_back(fd)
+
+    def _step_back(self, fd: int) -> None:
+        """To the end of the kernel's line. This is also what makes a listener exclusive.
+
+        Never before the loop has put it into its epoll, which libuv does only when it next waits: libuv aborts if it
+        finds it there. So it is taken out first, which fails where it is not in yet.
+        """
         if self.is_open and self._epoll is not None:
-            # To the end of the kernel's line. With uvloop it is also where a listener becomes exclusive, never earlier:
-            # only its first event proves that libuv has put it into the epoll, and it aborts if it finds it there.
-            with contextlib.suppress(FileNotFoundError):  # the loop has taken it out
+            try:
                 self._acceptor.step_back(self._epoll, fd)
+            except FileNotFoundError:
+                self._loop.call_later(AGAIN, self._step_back, fd)
 
 
-def _epoll_of(loop: Any) -> "tuple[select.epoll | None, bool]":
-    """The epoll that a loop waits with, by a descriptor of our own, None where there is none or it is out of reach; and
-    whether `add_reader()` has put a descriptor into it when it returns."""
+def _epoll_of(loop: Any) -> "select.epoll | None":
+    """The epoll that a loop waits with, by a descriptor of our own; None where there is none, or it is out of reach."""
     if sys.platform != "linux" or not hasattr(select, "EPOLLEXCLUSIVE"):
-        return None, False
+        return None
     selector = getattr(loop, "_selector", None)
     if isinstance(selector, selectors.EpollSelector):
-        return select.epoll.fromfd(os.dup(selector.fileno())), True
+        return select.epoll.fromfd(os.dup(selector.fileno()))
     if hasattr(loop, "_get_backend_id"):  # uvloop's
-        return select.epoll.fromfd(os.dup(loop._get_backend_id())), False
-    return None, False
+        return select.epoll.fromfd(os.dup(loop._get_backend_id()))
+    return None
