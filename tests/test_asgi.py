@@ -34,6 +34,7 @@ TROUBLE = [patterns.TRACEBACK, patterns.FAULT, "Exception in ASGI.*", "The above
 APP = """
 import asyncio
 
+import prefork.workers.asgi
 from kit import *
 
 VERSION = "one"
@@ -136,12 +137,20 @@ three = Three()
 
 def make():
     return app
+
+class Plain(prefork.workers.asgi.ASGIWorker):
+    uvicorn_options = {"http": "h11", "headers": [("x-own", "yes")]}
+
+    def new_loop(self):
+        return asyncio.SelectorEventLoop()
 """
 
 
-def serve(start: Start, *arguments: object, name: str = "app", text: str = APP, **options: Any) -> Program:
-    """The command over an application, with the class asgi."""
-    argv = [f"app:{name}", "--worker-class", "asgi", *arguments]
+def serve(
+    start: Start, *arguments: object, name: str = "app", text: str = APP, kind: str = "asgi", **options: Any
+) -> Program:
+    """The command over an application, with the class asgi or one that is made of it."""
+    argv = [f"app:{name}", "--worker-class", kind, *arguments]
     if "-b" not in arguments:
         argv += ["-b", TCP]
     files = {"app.py": text, **options.pop("files", {})}
@@ -153,11 +162,12 @@ class Client(http.client.HTTPConnection):
     """One connection; `get()` is checked to have been answered well."""
 
     def __init__(self, address: Address, timeout: float = 10.0) -> None:
+        self.patience = timeout
         super().__init__("localhost", timeout=timeout)
         self.address = address
 
     def connect(self) -> None:
-        self.sock = dial(self.address, self.timeout)
+        self.sock = dial(self.address, self.patience)
 
     def ask(self, path: str = "/x", body: Any = None, **headers: str) -> http.client.HTTPResponse:
         self.request(
@@ -575,13 +585,14 @@ def load() -> Iterator[Callable[..., HTTPLoad]]:
 
 
 @pytest.mark.parametrize(
-    ("bind", "keep"),
-    [(TCP, True), (TCP, False), ("unix:{run}/s", True)],
-    ids=["tcp-keep-alive", "tcp-close", "unix-keep-alive"],
+    ("bind", "keep", "kind"),
+    [(TCP, True, "asgi"), (TCP, False, "asgi"), ("unix:{run}/s", True, "app:Plain"), (TCP, False, "app:Plain")],
+    ids=["tcp-keep-alive", "tcp-close", "unix-keep-alive-plain", "tcp-close-plain"],
 )
-def test_no_request_is_lost(start: Start, load: Callable[..., HTTPLoad], bind: str, keep: bool) -> None:
-    """Retirements, reloads and a stop under load: every request on every connection is answered."""
-    program = serve(start, "-w", 2, "-b", bind)
+def test_no_request_is_lost(start: Start, load: Callable[..., HTTPLoad], bind: str, keep: bool, kind: str) -> None:
+    """Retirements, reloads and a stop under load: every request on every connection is answered; on uvloop and
+    httptools, and without them."""
+    program = serve(start, "-w", 2, "-b", bind, kind=kind)
     clients = load(program.address, keep=keep)
     for _ in range(2):
         clients.more(50)
@@ -828,12 +839,23 @@ def test_everybody_has_a_share_and_nobody_wakes_up_for_nothing(start: Start) -> 
 
     def wakings() -> int:
         texts = [Path(f"/proc/{pid}/status").read_text() for pid in workers]
-        return sum(int(re.search(r"\nvoluntary_ctxt_switches:\s+(\d+)", text)[1]) for text in texts)  # type: ignore[index]
+        found = [re.search(r"\nvoluntary_ctxt_switches:\s+(\d+)", text) for text in texts]
+        return sum(int(match[1]) for match in found if match)
 
     elapse(0.3)
     before = wakings()
     elapse(1.0)
     assert wakings() - before <= 1
+    program.finish()
+
+
+def test_a_class_of_ones_own(start: Start) -> None:
+    """A subclass says what loop is used, and what uvicorn is told."""
+    program = serve(start, "-w", 1, kind="app:Plain")
+    with contextlib.closing(Client(program.address)) as client:
+        answer = client.ask()
+        assert (answer.getheader("x-own"), answer.getheader("server")) == ("yes", "uvicorn")
+        assert answer.getheader("date")
     program.finish()
 
 

@@ -54,6 +54,7 @@ class Gate:
         """Not to be opened again."""
         if self._epoll is not None:
             self._epoll.close()
+            self._epoll = None
 
     def _ready(self, fd: int) -> None:
         self._found(fd)
