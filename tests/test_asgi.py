@@ -105,6 +105,9 @@ async def app(scope, receive, send):
                 await asyncio.sleep(60)
             finally:
                 note("finally")
+        case "after":
+            await answer(send, b"answered")
+            await gate(rest)
         case "block":
             note("begun block")
             time.sleep(60)
@@ -719,6 +722,22 @@ def test_a_late_request_is_cancelled(start: Start, notes: Notes) -> None:
     assert "RequestTimeout: the request took longer than 0.4 s" in program.log
     elapse(1.2)  # the master's look at the deadline it knows
     assert pid_of(program) == worker
+    program.finish()
+
+
+def test_what_comes_after_the_answer_has_the_same_deadline(start: Start, notes: Notes) -> None:
+    """What an application does after its answer is cancelled at the request's deadline, and the connection, on which
+    the next request may run, is spared."""
+    program = serve(start, "-w", 1, "--request-timeout", 1.5, allow=TROUBLE)
+    with contextlib.closing(Client(program.address)) as client:
+        assert client.get("/after/never") == "answered"
+        sock = client.sock
+        elapse(1.0)
+        client.request("GET", "/gate/go")
+        program.wait_for("left to be done after its answer")
+        program.write("go", "")
+        assert client.getresponse().read().endswith(b":go")
+        assert client.sock is sock
     program.finish()
 
 

@@ -101,7 +101,7 @@ class Site:
             "timeout_keep_alive": options.keepalive_timeout,
             # Trusting a header that every client can send is an order that only the operator can give.
             "proxy_headers": "FORWARDED_ALLOW_IPS" in os.environ,
-            "backlog": 0,
+            "workers": 1,  # or it takes a number from the environment
             **given,
         }
         self.config = Config(app, **settings)
@@ -139,7 +139,12 @@ class Site:
             except asyncio.CancelledError as error:
                 if not limit.late:
                     raise
-                raise RequestTimeout(f"the request took longer than {self._timeout:g} s") from error
+                late = RequestTimeout(f"the request took longer than {self._timeout:g} s")
+                if not _is_answered(receive):
+                    raise late from error
+                late.__cause__ = error
+                log.error("what a request left to be done after its answer was cancelled", exc_info=late)
+                return None
             finally:
                 limit.timer.cancel()
 
@@ -166,6 +171,11 @@ class _Limit:
         # The loop turns, so this is no case for the master.
         self._request.extend_deadline(CLEANUP + self._worker.slack)
         self.timer = self._loop.call_later(CLEANUP, self._ring)
+
+
+def _is_answered(receive: Any) -> bool:
+    """Whether what still runs is a background task: uvicorn would close the connection under a next request."""
+    return bool(getattr(getattr(receive, "__self__", None), "response_complete", False))
 
 
 def _last_reply(send: Send) -> Send:
