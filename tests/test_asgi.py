@@ -105,6 +105,9 @@ async def app(scope, receive, send):
                 await asyncio.sleep(60)
             finally:
                 note("finally")
+        case "big":
+            await answer(send, b"x" * 20_000_000)
+            note("begun big")
         case "after":
             await answer(send, b"answered")
             await gate(rest)
@@ -644,6 +647,21 @@ def test_what_has_arrived_is_answered(start: Start) -> None:
         half.sock.sendall(b"st: x\r\n\r\n")
         assert f"{worker}:half".encode() in half.sock.makefile("rb").read()
     program.wait_for(patterns.LEFT)
+    program.finish()
+
+
+def test_an_answer_on_its_way_is_sent_to_its_end(start: Start, notes: Notes) -> None:
+    """A client that is slow to read has its whole answer, though its worker was to leave long before."""
+    program = serve(start, "-w", 1)
+    with contextlib.closing(Client(program.address)) as client:
+        client.request("GET", "/big")
+        noted(notes, "begun")
+        elapse(1.2)  # longer than a worker that leaves waits for a silent one
+        program.send(signal.SIGTERM)
+        program.wait_for(patterns.STOPPING)
+        elapse(0.3)
+        assert client.getresponse().read() == b"x" * 20_000_000
+    assert program.wait_exit().code == 0
     program.finish()
 
 

@@ -19,7 +19,7 @@ import socket
 import socketserver
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -276,16 +276,12 @@ class ASGIWorker(Worker):
             elif site.has_begun(one):
                 if monotonic() - self._left_at > max(self.linger, self.options.keepalive_timeout):
                     one.shutdown()
-            elif site.silent_for(one, now) >= self.linger:
-                quiet[site.descriptor(one)] = one
-        if quiet:
-            poll = select.poll()
-            for fd in quiet:
-                poll.register(fd, select.POLLIN)
-            arrived = {fd for fd, _ in poll.poll(0)}
-            for fd, one in quiet.items():
-                if fd not in arrived:
-                    one.shutdown()
+            elif site.silent_for(one, now) >= self.linger and (fd := site.descriptor(one)) >= 0:
+                quiet[fd] = one
+        for fd in readable(quiet):  # something has arrived, which the loop will find
+            del quiet[fd]
+        for one in quiet.values():
+            one.shutdown()
 
     async def _give_up(self) -> None:
         """The end of `graceful_timeout` is near: `finally` blocks, and the lifespan, shall still run."""
@@ -294,6 +290,14 @@ class ASGIWorker(Worker):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self.farewell)
+
+
+def readable(fds: Iterable[int]) -> set[int]:
+    """Those that have something, or an end, to be read."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(0)}
 
 
 def check_application(app: Any) -> None:

@@ -153,7 +153,7 @@ class _Limit:
     """A timer of the loop that cancels the running task when its request is due, however often that is moved."""
 
     def __init__(self, worker: Accounts, loop: asyncio.AbstractEventLoop, request: Any, seconds: float) -> None:
-        self.late = False
+        self.late = 0  # how often it was cancelled
         self.timer = loop.call_later(seconds, self._ring)
         self._worker, self._loop, self._request = worker, loop, request
         self._task = asyncio.current_task()
@@ -163,9 +163,9 @@ class _Limit:
         if left > _EARLY:
             self.timer = self._loop.call_later(left, self._ring)
             return
-        if self.late:
+        if self.late == 1:
             self._worker.stubborn(self._request.peer)
-        self.late = True
+        self.late += 1
         assert self._task is not None
         self._task.cancel()
         # The loop turns, so this is no case for the master.
