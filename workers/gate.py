@@ -43,7 +43,7 @@ class Gate:
         self.is_open = True
         for fd in self._acceptor.fds:
             self._loop.add_reader(fd, self._ready, fd)
-            self._loop.call_soon(self._step_back, fd)
+            self._step_back(fd)
 
     def close(self) -> None:
         self.is_open = False
