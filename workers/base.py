@@ -185,7 +185,8 @@ class Worker:
     To be read
     ----------
     servers, server (the first of them), slot (a stable small number, unique among live workers), generation, options,
-    draining, quitting (draining, and in a hurry), pool_drains, acceptor (for a loop that waits for more than listeners)
+    draining, quitting (draining, and in a hurry), pool_drains, acceptor (for a loop that waits for more than listeners),
+    drain_fd (for any wait)
 
     Inherited by the fork: everything the master held before it, apart from its threads and its own descriptors. A
     connection to a database that was opened before the fork is shared with the siblings, and breaks: open it in
@@ -211,6 +212,7 @@ class Worker:
         self._worn = False
         self._ready = False
         self._acceptor: Acceptor | None = None
+        self._drain_ends: tuple[int, int] | None = None
         # Re-entrant: the handler of an interrupt takes it on top of whatever the main thread is doing.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -306,6 +308,19 @@ class Worker:
     def pool_drains(self) -> bool:
         """Whether it is the whole pool that stops: then the queue is to be emptied before leaving."""
         return self._board.pool_drains
+
+    @property
+    def drain_fd(self) -> int:
+        """A descriptor that is readable from the moment this worker is told to leave, and stays so.
+
+        For a poll beside what a handler waits for, in any thread: a signal alone ends no wait (PEP 475). Never read it.
+        """
+        with self._lock:
+            if self._drain_ends is None:
+                self._drain_ends = os.pipe()
+                if self.draining:  # the handler of TERM came before there was anything to write to
+                    self._show_drain()
+            return self._drain_ends[0]
 
     def accept(self) -> Taken | None:
         """Wait for the next connection or datagram of any server: (server, request, peer). None: leave now.
@@ -422,6 +437,11 @@ class Worker:
                 self.drain()
             except Exception:
                 traceback.print_exc()
+            self._show_drain()
+
+    def _show_drain(self) -> None:
+        if self._drain_ends is not None:
+            os.write(self._drain_ends[1], b"\0")  # twice at most
 
     def _on_quit(self, signum: int, frame: types.FrameType | None) -> None:
         self._board.set_phase(Phase.LEAVING)
