@@ -1,25 +1,25 @@
-"""Files over HTTP: the standard library's server and handler, served by a pool.
+"""Files over HTTP: the standard library's handler, with keep-alive, served by a pool.
 
 Run `python examples/http_files.py [PORT [DIRECTORY]]`, then `curl http://127.0.0.1:9002/`.
 
-It writes http.server's access log to standard error. The handler speaks HTTP/1.0, one request a connection, which suits
-workers that serve one client at a time.
+It writes http.server's access log to standard error.
 """
 
 import functools
 import os
 import sys
-from http.server import HTTPServer, SimpleHTTPRequestHandler
+from http.server import SimpleHTTPRequestHandler
 
-from prefork import PreforkMixIn
+from prefork import BufferedHTTPMixIn, PreforkHTTPServer
 
 
-class Files(SimpleHTTPRequestHandler):
+class Files(BufferedHTTPMixIn, SimpleHTTPRequestHandler):
     timeout = 5.0  # seconds for a client to send its request
 
 
-class FileServer(PreforkMixIn, HTTPServer):
+class FileServer(PreforkHTTPServer):
     workers = 4
+    keepalive_timeout = 5.0  # seconds for which a connection may be idle
 
 
 if __name__ == "__main__":

@@ -18,20 +18,27 @@ from prefork.workers.base import Worker
 from prefork.workers.sync import SyncWorker
 
 if TYPE_CHECKING:
+    from prefork.http import BufferedHTTPMixIn, PreforkHTTPServer
     from prefork.workers.aio import AsyncioWorker
+    from prefork.workers.asgi import ASGIWorker
     from prefork.workers.coroutines import AsyncDatagramRequestHandler, AsyncStreamRequestHandler
+    from prefork.workers.threaded import ThreadWorker
+    from prefork.workers.wsgi import WSGIWorker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASGIWorker",
     "AsyncDatagramRequestHandler",
     "AsyncStreamRequestHandler",
     "AsyncioWorker",
     "BaseRequestHandler",
     "BootError",
+    "BufferedHTTPMixIn",
     "DatagramRequestHandler",
     "OptionError",
     "PreforkError",
+    "PreforkHTTPServer",
     "PreforkMixIn",
     "PreforkTCPServer",
     "PreforkUDPServer",
@@ -42,16 +49,23 @@ __all__ = [
     "RequestTimeout",
     "StreamRequestHandler",
     "SyncWorker",
+    "ThreadWorker",
+    "WSGIWorker",
     "Worker",
     "WorkerExit",
     "serve",
 ]
 
-# Imported when they are asked for: what they stand on costs 50 ms, and memory in every worker that has no use for it.
+# Imported when they are asked for: what they stand on costs up to 50 ms, and memory in every worker without a use for it.
 _LATER = {
+    "ASGIWorker": "prefork.workers.asgi",
     "AsyncDatagramRequestHandler": "prefork.workers.coroutines",
     "AsyncStreamRequestHandler": "prefork.workers.coroutines",
     "AsyncioWorker": "prefork.workers.aio",
+    "BufferedHTTPMixIn": "prefork.http",
+    "PreforkHTTPServer": "prefork.http",
+    "ThreadWorker": "prefork.workers.threaded",
+    "WSGIWorker": "prefork.workers.wsgi",
 }
 
 

@@ -21,8 +21,8 @@ FLOORS = (
     {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync", "workers.gate", "workers.coroutines"}
     | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi", "workers.site"},
     {"crew", "master"},
-    {"service", "server"},
-    {"scout", "program", "cli", "__main__"},
+    {"service", "server", "http"},
+    {"scout", "program", "cli", "__main__", "testing"},
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 TOP = len(FLOORS) - 1
@@ -44,6 +44,7 @@ NEXT_DOOR = {
     ("pool", "policy"),
     ("master", "crew"),
     ("server", "service"),
+    ("http", "server"),
 }
 
 PURE = FLOORS[2]
