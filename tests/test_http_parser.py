@@ -188,6 +188,6 @@ def test_a_message_class_of_ones_own() -> None:
     with near, far:
         far.sendall(PLAIN)
         far.shutdown(socket.SHUT_WR)
-        own = type("Own", (Fast,), {"MessageClass": Headers})
+        own: Any = type("Own", (Fast,), {"MessageClass": Headers})
         own(near, ("", 0), SimpleNamespace())
     assert own.seen[6] is Headers and not own.fast
