@@ -22,7 +22,7 @@ FLOORS = (
     | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi", "workers.site"},
     {"crew", "master"},
     {"service", "server", "http"},
-    {"scout", "program", "cli", "__main__", "testing"},
+    {"scout", "program", "cli", "__main__", "testbed", "testing"},
 )
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 TOP = len(FLOORS) - 1
