@@ -86,6 +86,9 @@ def worker_class(wanted: object) -> type[Worker]:
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             raise OptionError(f"worker_class: {wanted!r} cannot be imported: {error}") from error
+        except Exception as error:  # whatever a stranger's module does when it is imported; in one line
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise OptionError(f"worker_class: {wanted!r} cannot be imported: {why}") from error
     if not (isinstance(found, type) and issubclass(found, Worker)):
         raise OptionError(f"worker_class: {wanted!r} is no subclass of prefork.Worker")
     return found
