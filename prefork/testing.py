@@ -252,9 +252,12 @@ class Pool:
             self._child.send(signal.SIGKILL)
             self._child.await_exit()
             self.exit_code = -signal.SIGKILL
-        for one in self._session():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+        deadline = time.monotonic() + self.timeout
+        while (left := self._session()) and time.monotonic() < deadline:
+            for one in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            time.sleep(0.005)
         self._child.release()
         processes.close([self._lifeline])
         self._refuse.close()
