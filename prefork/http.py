@@ -28,8 +28,9 @@ else:
     _Handler = object
 
 # What the fast parser takes; everything else, and every error, is left to the standard one.
-_LINE = re.compile(rb"([A-Z]+) (/(?!/)[!-~]*|/) (HTTP/1\.[01])\r\n")
+_LINE = re.compile(r"([A-Z]+) (/(?!/)[!-~]*) (HTTP/1\.[01])\r\n")
 _HEAD = re.compile(rb"(?:[!#-'*+\-.^-z|~0-9A-Z]+:[\t -~\x80-\xff]*\r\n)*\r\n")
+_SPECIAL = {"connection", "content-length", "content-type", "expect", "transfer-encoding"}
 _HEADER = re.compile(r"([^:\r]+):[\t ]*([^\r]*)\r\n")
 
 
@@ -103,7 +104,7 @@ class BufferedHTTPMixIn(_Handler):
         super().send_response_only(code, message)
 
     def send_header(self, keyword: str, value: str) -> None:
-        if keyword.lower() in ("content-length", "transfer-encoding"):
+        if len(keyword) in (14, 17) and keyword.lower() in ("content-length", "transfer-encoding"):
             self._known_end = True
         super().send_header(keyword, value)
 
@@ -133,41 +134,39 @@ class BufferedHTTPMixIn(_Handler):
         The standard one gives a request's head to the parser for mail, which is most of the time that a small request
         takes.
         """
-        line = _LINE.fullmatch(self.raw_requestline)
+        text = self.raw_requestline.decode("iso-8859-1")
+        line = _LINE.fullmatch(text)
         if line is None or self._reader is None or self.MessageClass is not http.client.HTTPMessage:
             return None
         head = _HEAD.match(self._reader.peek())
         if head is None:
             return None
         headers = http.client.HTTPMessage()
-        connection = expect = None
-        body = False
+        special: dict[str, str] = {}
         pairs = _HEADER.findall(head[0].decode("iso-8859-1"))
         for name, value in pairs:
             headers.set_raw(name, value)
-            match name.lower():
-                case "connection" if connection is None:
-                    connection = value.lower()
-                case "expect" if expect is None:
-                    expect = value.lower()
-                case "content-length" | "transfer-encoding":
-                    body = True
-        if len(pairs) > 64 or headers.get_content_maintype() in ("multipart", "message"):
+            if (lower := name.lower()) in _SPECIAL:
+                special.setdefault(lower, value)
+        if len(pairs) > 64 or (
+            "content-type" in special and headers.get_content_maintype() in ("multipart", "message")
+        ):
             return None
         headers.set_payload("")
-        command, path, version = (part.decode("ascii") for part in line.groups())
         self._reader.read(len(head[0]))
-        self.requestline = self.raw_requestline[:-2].decode("ascii")
-        self.command, self.path, self.request_version, self.headers = command, path, version, headers
-        if body:
+        self.requestline, self.headers = text[:-2], headers
+        self.command, self.path, version = line.groups()
+        self.request_version = version
+        if "content-length" in special or "transfer-encoding" in special:
             self._body = _length(headers)
+        connection = special.get("connection", "").lower()
         modern = self.protocol_version >= "HTTP/1.1"
         self.close_connection = not (modern and version == "HTTP/1.1")
         if connection == "close":
             self.close_connection = True
         elif connection == "keep-alive" and modern:
             self.close_connection = False
-        if expect == "100-continue" and modern and version == "HTTP/1.1":
+        if special.get("expect", "").lower() == "100-continue" and modern and version == "HTTP/1.1":
             return self.handle_expect_100()
         return True
 
@@ -248,6 +247,7 @@ class _Wire(io.RawIOBase):
     def __init__(self, handler: BufferedHTTPMixIn) -> None:
         self._sock = handler.connection
         self._fd: int = self._sock.fileno()
+        self._pending = getattr(self._sock, "pending", None)
         self._turn, self._parting = handler.turn, handler.parting
         server: Any = handler.server
         self._worker: Any = getattr(server, "worker", None)
@@ -309,7 +309,7 @@ class _Wire(io.RawIOBase):
 
     def _next_comes(self) -> bool:
         """Wait for the next request of an idle connection; False: it is over."""
-        if getattr(self._sock, "pending", None) and self._sock.pending():  # TLS has received more than it gave
+        if self._pending is not None and self._pending():  # TLS has received more than it gave
             return True
         if self._poll is None:
             self._poll = select.poll()
@@ -318,17 +318,19 @@ class _Wire(io.RawIOBase):
                 self._poll.register(self._worker.drain_fd, select.POLLIN)
         if self._limit:
             self._worker.extend_deadline(self._keep + self._limit)
-        ends = monotonic() + self._keep
-        told = False
+        wait, ends, leaves = min(self._turn, self._keep), 0.0, False
         while True:
-            found = self._poll.poll(max(0.0, min(self._turn, ends - monotonic())) * 1000)
-            if any(fd == self._fd for fd, _ in found):
+            found = self._poll.poll(wait * 1000)
+            if found and (len(found) > 1 or found[0][0] == self._fd):
                 if self._limit:
                     self._worker.extend_deadline(self._limit)
                 return True
-            if found and not told:
-                told = True
+            now = monotonic()
+            ends = ends or now - wait + self._keep
+            if found:
+                leaves = True
                 self._poll.unregister(self._worker.drain_fd)
-                ends = min(ends, monotonic() + self._parting)
-            elif monotonic() >= ends or (not told and self._others_wait()):
+                ends = now + self._parting
+            elif now >= ends or (not leaves and self._others_wait()):
                 return False
+            wait = max(0.0, min(self._turn, ends - now))
