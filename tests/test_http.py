@@ -270,8 +270,8 @@ def test_old_clients_are_told(start: Start) -> None:
 
 
 def test_pipelined_requests(start: Start) -> None:
-    """Requests that come in one piece are answered one by one, and in order."""
-    program = serve(start)
+    """Requests that come in one piece are answered one by one, and in order; one that has begun is awaited."""
+    program = serve(start, keepalive_timeout=0.2)
     with ExitStack() as stack:
         client = Client(program, stack)
         bodies = [b"one", b"two" * 5000, b"three"]
@@ -280,7 +280,7 @@ def test_pipelined_requests(start: Start) -> None:
         assert [client.hear()[2] for _ in bodies] == bodies
         client.sock.sendall(GET + b"GET /done HT")
         client.hear()
-        elapse(0.3)  # longer than a turn: what has begun is no idle connection
+        elapse(0.5)  # longer than an idle connection may wait
         client.sock.sendall(b"TP/1.1\r\n\r\n")
         assert client.hear()[0] == 200
     program.finish()
