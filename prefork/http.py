@@ -9,6 +9,7 @@ the latest at the end of the request. A connection is kept only while that harms
 leave, not when a reply does not say where it ends, not when others wait for a worker and this client had its turn.
 """
 
+import contextlib
 import email.message
 import http.client
 import http.server
@@ -47,7 +48,7 @@ class BufferedHTTPMixIn(_Handler):
     """Put it in front of a handler of `http.server`: `class H(BufferedHTTPMixIn, SimpleHTTPRequestHandler)`.
 
     It speaks HTTP/1.1 with keep-alive, and sends each reply in as few pieces as there are 64 KiB in it. A handler that
-    writes and then waits for something other than its client calls `self.wfile.flush()`.
+    writes and then waits for something other than its client, or goes on without `wfile`, calls `self.wfile.flush()`.
 
     Between two requests a connection may be idle for the server's `keepalive_timeout`; within a request the handler's
     own `timeout` counts. A handler need not know of keep-alive: after a reply without `Content-Length` or
@@ -64,6 +65,8 @@ class BufferedHTTPMixIn(_Handler):
     skip_limit = 65536  # bytes of a request's body that a handler may leave unread without losing the connection
     turn = 0.1  # seconds for which a connection may keep a worker while others wait for one
     parting = 0.05
+    linger = 1.0  # seconds at most in which a client that has its reply already may send the rest of its request
+    most_requests = 1000  # on one connection, so that a worker comes to its own limits
 
     def setup(self) -> None:
         super().setup()
@@ -77,6 +80,7 @@ class BufferedHTTPMixIn(_Handler):
         self.rfile = self._reader or self._wire  # type: ignore[assignment]  # raw for those who hand it to a child
         self._known_end = self._final = True  # of the reply: whether the client knows where it ends, and that it is one
         self._body: int | None = 0  # bytes that follow the request's head; None: unknown
+        self._unread = False  # a part of it still comes
         self._begun = 0  # where they begin, in what was received
 
     def handle_one_request(self) -> None:
@@ -86,12 +90,15 @@ class BufferedHTTPMixIn(_Handler):
         wire.requests += 1
         self._known_end, self._body = False, 0
         super().handle_one_request()
-        if not self.close_connection:
-            self.close_connection = not (self._known_end and (self._body == 0 or self._skip_body()))
+        self.close_connection = self.close_connection or not self._known_end
+        if self._body != 0 and not self._body_is_read():
+            self.close_connection = self._unread = True
 
     def finish(self) -> None:
         try:
             super().finish()
+            if self._unread:
+                self._linger()
         finally:
             self._wire.close()
 
@@ -180,20 +187,28 @@ class BufferedHTTPMixIn(_Handler):
         finally:
             self._wire.quiet = False
 
-    def _skip_body(self) -> bool:
-        """Read what the handler left of the request's body; whether the next request follows."""
+    def _body_is_read(self) -> bool:
+        """Whether nothing is left of the request's body; a little is read here."""
         if self._body is None:
             return False
         left = self._body - (self._wire.taken - self._buffered() - self._begun)
-        if left == 0:
-            return True
         # Whoever asked before sending the body may leave it out, now that there is a reply.
-        if not 0 < left <= self.skip_limit or "Expect" in self.headers:
-            return False
+        if left <= 0 or self.close_connection or left > self.skip_limit or "Expect" in self.headers:
+            return left == 0
         try:
             return bool(len(self.rfile.read(left)) == left)
         except OSError:
             return False
+
+    def _linger(self) -> None:
+        """Take what a client still sends before it reads its reply: a close would reset the connection, and with that
+        might take the reply back."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(self.linger)
+            ends = monotonic() + self.linger
+            while self.connection.recv(65536) and monotonic() < ends:
+                continue
 
 
 def _length(headers: email.message.Message) -> int | None:
@@ -221,7 +236,9 @@ class _Writer(io.BufferedIOBase):
         return self._sock.fileno()
 
     def write(self, data: Any) -> int:
-        part = bytes(data)  # a copy only where it is not bytes already
+        if self.closed:
+            raise ValueError("write to closed file")
+        part = data if type(data) is bytes else bytes(memoryview(data))
         with self._lock:
             self._parts.append(part)
             self.held += len(part)
@@ -248,7 +265,7 @@ class _Wire(io.RawIOBase):
         self._sock = handler.connection
         self._fd: int = self._sock.fileno()
         self._pending = getattr(self._sock, "pending", None)
-        self._turn, self._parting = handler.turn, handler.parting
+        self._turn, self._parting, self._most = handler.turn, handler.parting, handler.most_requests
         server: Any = handler.server
         self._worker: Any = getattr(server, "worker", None)
         self._keep, self._limit = 5.0, 0.0
@@ -289,7 +306,7 @@ class _Wire(io.RawIOBase):
 
     def over(self) -> bool:
         """Whether this connection should not be kept beyond the request in hand."""
-        if not self._keep or (self._worker is not None and self._worker.draining):
+        if not self._keep or self.requests >= self._most or (self._worker is not None and self._worker.draining):
             return True
         now = monotonic()
         if now < self._turn_ends:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,6 +185,23 @@ def test_a_big_body_streams() -> None:
     assert b"".join(found).partition(b"\r\n\r\n")[2] == b"x" * 300_000
 
 
+def test_what_a_handler_may_write() -> None:
+    """Whatever is like bytes, and nothing else; nothing after the end."""
+    found: list[Any] = []
+
+    class Writes(BufferedHTTPMixIn, Page):
+        def do_GET(self) -> None:
+            found.append(self.wfile)
+            assert [self.wfile.write(one) for one in (b"ab", bytearray(b"cd"), memoryview(b"ef"))] == [2, 2, 2]
+            for wrong in ("text", 5):
+                with pytest.raises(TypeError):
+                    self.wfile.write(wrong)  # type: ignore[arg-type]
+
+    assert pieces(Writes, GET) == [b"abcdef"]
+    with pytest.raises(ValueError):
+        found[0].write(b"late")
+
+
 def test_each_kept_request_is_quick(start: Start) -> None:
     """Fifty requests on one connection take no 44 ms each, in which a client delays its acknowledgement."""
     program = serve(start)
@@ -194,7 +211,7 @@ def test_each_kept_request_is_quick(start: Start) -> None:
         begun = time.monotonic()
         for _ in range(50):
             client.ask("done")
-        assert time.monotonic() - begun < 1.0
+        assert time.monotonic() - begun < 1.5
     program.finish()
 
 
@@ -309,9 +326,22 @@ def test_a_body_that_nobody_reads(start: Start, body: bytes, headers: dict[str, 
         if kept:
             assert client.ask("done") == "done"
         else:
-            with suppress(ConnectionError):  # of what was not read
-                assert client.ended()
+            assert client.ended()
             assert Client(program, stack).ask("done") == "done"
+    program.finish()
+
+
+def test_a_refused_upload_is_told(start: Start) -> None:
+    """A client that sends a big body nobody wants still gets to read the reply, and no reset in its place."""
+    program = serve(start)
+    with ExitStack() as stack:
+        client = Client(program, stack)
+        client.send("", "PUT", Content_Length="3000000")
+        client.sock.sendall(b"x" * 3_000_000)
+        assert client.hear()[0] == 501 and client.ended()
+        client = Client(program, stack)
+        client.send("ignore", "POST", b"x" * 3_000_000)
+        assert client.hear()[2] == b"ignored" and client.ended()
     program.finish()
 
 
@@ -326,7 +356,7 @@ def test_an_idle_connection_ends(start: Start) -> None:
         client.ask("done")
         begun = time.monotonic()
         assert client.ended()
-        assert 0.2 < time.monotonic() - begun < 3
+        assert 0.2 < time.monotonic() - begun < 10
         Client(program, stack).ask("done")
     program.finish()
     program = serve(start, keepalive_timeout=0)
@@ -346,7 +376,7 @@ def test_a_worker_that_leaves_ends_its_idle_connections(start: Start, whole: boo
         for client in clients:
             client.ask("done")
         if whole:
-            assert program.stop().seconds < 1.0
+            assert program.stop().seconds < 5.0
         else:
             before = program.wait_ready(2)
             program.send(signal.SIGHUP)
@@ -428,6 +458,18 @@ def test_nothing_is_lost_by_reloads(start: Start) -> None:
     program.finish()
 
 
+def test_a_connection_has_its_number_of_requests(start: Start) -> None:
+    """After so many requests a connection ends, by a reply that says so."""
+    program = serve(start, handler="most_requests = 3")
+    with ExitStack() as stack:
+        client = Client(program, stack)
+        for told in (None, None, "close"):
+            client.send("done")
+            assert client.hear()[1]["Connection"] == told
+        assert client.ended()
+    program.finish()
+
+
 def test_others_have_their_turn(start: Start) -> None:
     """Where the only worker has a connection, another client waits for a turn and not for `keepalive_timeout`: when the
     first is idle, and when it is busy."""
@@ -447,24 +489,24 @@ def test_others_have_their_turn(start: Start) -> None:
             told = busy.hear()[1]["Connection"]
         assert told == "close" and busy.ended()
         assert other.hear()[0] == 200
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 15
     program.finish()
 
 
 def test_each_request_has_its_deadline(start: Start) -> None:
     """`request_timeout` counts from a request's first byte, not from the connection's, and still interrupts one."""
-    program = serve(start, request_timeout=0.6, allow=(patterns.HANDLER_ERROR, patterns.TRACEBACK))
+    program = serve(start, request_timeout=1.0, allow=(patterns.HANDLER_ERROR, patterns.TRACEBACK))
     with ExitStack() as stack:
         client = Client(program, stack)
-        for _ in range(4):
+        for _ in range(3):
             client.ask("done")
-            elapse(0.25)
-        elapse(0.7)
+            elapse(0.4)
+        elapse(0.8)
         assert client.ask("done") == "done"
         begun = time.monotonic()
         client.send("hang")
         assert client.ended()
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 10
     program.wait_for("RequestTimeout")
     program.finish()
 
@@ -512,7 +554,7 @@ def test_threads_in_each_worker(start: Start) -> None:
         for _ in range(3):
             for client in clients:
                 assert client.ask("done") == "done"
-        assert program.stop().seconds < 1.0
+        assert program.stop().seconds < 5.0
         assert all(client.ended() for client in clients)
     program.finish()
 

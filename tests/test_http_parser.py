@@ -123,7 +123,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(request)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=700, deadline=None)
 @given(requests | damaged(), st.sampled_from(["HTTP/1.1", "HTTP/1.1", "HTTP/1.0"]))
 @example(PLAIN, "HTTP/1.0")
 @example(b"GET / HTTP/1.1\r\nFrom : x\r\n\r\n", "HTTP/1.1")
