@@ -1,0 +1,64 @@
+r"""A worker class with a loop of its own: gevent's StreamServer, a greenlet a connection.
+
+Run `python examples/gevent_worker.py [PORT]`, then one of
+
+    echo hello | nc -N 127.0.0.1 9014
+    python -c "import socket; c = socket.create_connection(('127.0.0.1', 9014)); c.send(b'hello\n'); print(c.recv(99))"
+
+The handler is an ordinary one of socketserver. A thousand clients that say little hold one process, not a thousand.
+docs/workers.md explains this worker line by line.
+"""
+
+import sys
+from typing import Any
+
+from prefork import PreforkTCPServer, StreamRequestHandler, Worker
+
+
+class GeventWorker(Worker):
+    """Serves TCP and Unix streams, each connection in a greenlet; `max_connections` at once."""
+
+    server: PreforkTCPServer
+
+    def setup(self) -> None:
+        # Only here, in the child: the master must keep its own select, threads and signals.
+        from gevent import event, monkey, pool, server  # type: ignore[import-untyped]
+
+        monkey.patch_all()
+        self.told = event.Event()
+        self.greenlets = pool.Pool(self.options.max_connections)
+        self.server.socket.setblocking(False)
+        self.stream = server.StreamServer(self.server.socket, self.serve, spawn=self.greenlets)
+
+    def run(self) -> None:
+        self.stream.start()
+        self.told.wait()
+        self.stream.stop_accepting()
+        while self.pool_drains and (taken := self.stream.do_read()):
+            self.stream.do_handle(*taken)  # nobody else will take what is queued
+        self.greenlets.join()
+
+    def drain(self) -> None:
+        self.told.set()
+
+    def serve(self, client: Any, peer: Any) -> None:
+        self.serve_request(self.server, client, peer)
+
+
+class Echo(StreamRequestHandler):
+    timeout = 60.0  # seconds of silence
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(line)
+
+
+class EchoServer(PreforkTCPServer):
+    worker_class = GeventWorker
+    workers = 2
+
+
+if __name__ == "__main__":
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 9014
+    with EchoServer(("127.0.0.1", port), Echo) as server:
+        server.serve_forever()
