@@ -77,6 +77,7 @@ class Member(StreamRequestHandler):
                     name = text.removeprefix("/name ")[:20]
                 elif text:
                     self.say(f"{name}: {text}\n")
+            self.wfile.write(b"goodbye, come back\n")
 
     def say(self, text: str) -> None:
         try:

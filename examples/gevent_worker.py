@@ -12,6 +12,10 @@ docs/workers.md explains this worker line by line.
 import sys
 from typing import Any
 
+# Importing changes nothing; it is done before the fork, once for all workers.
+from gevent import event, monkey, pool  # type: ignore[import-untyped]
+from gevent.server import StreamServer  # type: ignore[import-untyped]
+
 from prefork import PreforkTCPServer, StreamRequestHandler, Worker
 
 
@@ -21,14 +25,11 @@ class GeventWorker(Worker):
     server: PreforkTCPServer
 
     def setup(self) -> None:
-        # Only here, in the child: the master must keep its own select, threads and signals.
-        from gevent import event, monkey, pool, server  # type: ignore[import-untyped]
-
-        monkey.patch_all()
+        monkey.patch_all()  # only here, in the child: the master must keep its own select, threads and signals
         self.told = event.Event()
         self.greenlets = pool.Pool(self.options.max_connections)
         self.server.socket.setblocking(False)
-        self.stream = server.StreamServer(self.server.socket, self.serve, spawn=self.greenlets)
+        self.stream = StreamServer(self.server.socket, self.serve, spawn=self.greenlets)
 
     def run(self) -> None:
         self.stream.start()

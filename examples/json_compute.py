@@ -37,7 +37,7 @@ def pi(digits: object) -> str:
     """So many digits of pi, by Machin's formula."""
     if not isinstance(digits, int) or not 1 <= digits <= 4000:
         raise ValueError("pi takes a number of digits from 1 to 4000")
-    one = 10 ** (digits + 10)
+    one: int = 10 ** (digits + 10)
 
     def arctan_of_inverse(x: int) -> int:
         total = term = one // x
@@ -70,7 +70,7 @@ class Calls(BaseHTTPRequestHandler):
             self.answer(503, {"error": str(late)})
 
     def call(self) -> object:
-        length = max(0, int(str(self.headers.get("Content-Length", "0"))))
+        length = max(0, int(self.headers.get("Content-Length", "0")))
         # Read a little more than is allowed: closing on unread bytes is a reset, which would take the answer with it.
         body = self.rfile.read(min(length, 64 * MAX_BODY))
         function = FUNCTIONS[self.path]

@@ -27,9 +27,10 @@ PRIORITY = re.compile(rb"<(\d{1,3})>(1 )?")  # RFC 3164 section 4.1.1; the versi
 
 def parse(data: bytes) -> tuple[str, str]:
     """Priority and text of a message. What has no priority is user.notice, as RFC 3164 (4.3.3) wants it."""
-    head = PRIORITY.match(data)
-    number = int(head[1]) if head and int(head[1]) < 8 * len(FACILITIES) else 13
-    text = data[head.end() if head else 0 :].rstrip(b"\0\r\n").decode("utf-8", "backslashreplace")
+    number, start = 13, 0
+    if (head := PRIORITY.match(data)) and int(head[1]) < 8 * len(FACILITIES):
+        number, start = int(head[1]), head.end()
+    text = data[start:].rstrip(b"\0\r\n").decode("utf-8", "backslashreplace")
     # A message stays one line, and moves no cursor.
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.removeprefix("\ufeff"))
     return f"{FACILITIES[number >> 3]}.{SEVERITIES[number & 7]}", text

@@ -1,7 +1,10 @@
 """Fixtures of the integration tests: programs and loads that are checked, shown on failure, and never left behind."""
 
+import random
+import socket
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support import Ledger, Load, Program
+
+# Not seeded: two runs of the tests at the same time must not choose the same ports.
+DICE = random.SystemRandom()
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 STARTED = pytest.StashKey[list[Program]]()
 FAILED = pytest.StashKey[bool]()
@@ -112,3 +119,32 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], li
         return [row.partition(" ")[2] for row in rows if row.split(" ")[0] == word]
 
     return read
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that is free for TCP and UDP, below those that the kernel gives to clients by itself."""
+
+    def free(number: int) -> bool:
+        with ExitStack() as stack:
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                probe = stack.enter_context(socket.socket(socket.AF_INET, kind))
+                try:
+                    probe.bind(("127.0.0.1", number))
+                except OSError:
+                    return False
+        return True
+
+    return next(number for number in iter(lambda: DICE.randrange(20000, 30000), 0) if free(number))
+
+
+@pytest.fixture
+def example(start: Callable[..., Program]) -> Callable[..., Program]:
+    """`example("echo", port)`: the example, with all its workers ready."""
+
+    def begin(name: str, *arguments: object, workers: int = 4, **options: object) -> Program:
+        program = start(EXAMPLES / f"{name}.py", *arguments, **options)
+        program.wait_ready(workers, timeout=10)
+        return program
+
+    return begin

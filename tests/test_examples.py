@@ -29,42 +29,10 @@ EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
 SIGNALS = ROOT / "docs" / "signals.md"
 
-# Not seeded: two runs of the tests at the same time must not choose the same ports.
-DICE = random.SystemRandom()
-
 # http.server's own access log.
 ACCESS = r"127\.0\.0\.1 - - \[[^]]+\] .*"
 
 Start = Callable[..., Program]
-
-
-@pytest.fixture
-def port() -> int:
-    """A port that is free for TCP and UDP, below those that the kernel gives to clients by itself."""
-
-    def free(number: int) -> bool:
-        with ExitStack() as stack:
-            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                probe = stack.enter_context(socket.socket(socket.AF_INET, kind))
-                try:
-                    probe.bind(("127.0.0.1", number))
-                except OSError:
-                    return False
-        return True
-
-    return next(number for number in iter(lambda: DICE.randrange(20000, 30000), 0) if free(number))
-
-
-@pytest.fixture
-def example(start: Start) -> Callable[..., Program]:
-    """`example("echo", port)`: the example, with all its workers ready."""
-
-    def begin(name: str, *arguments: object, workers: int = 4, **options: object) -> Program:
-        program = start(EXAMPLES / f"{name}.py", *arguments, **options)
-        program.wait_ready(workers, timeout=10)
-        return program
-
-    return begin
 
 
 def converse(address: Address, request: bytes) -> bytes:
@@ -158,7 +126,7 @@ def test_unix_echo(example: Start) -> None:
 
 def test_http_files(example: Start, port: int, tmp_path: Path) -> None:
     """curl gets a file byte by byte, the list of the files, and 404 for what is not there."""
-    content = DICE.randbytes(300_000)
+    content = random.randbytes(300_000)
     (tmp_path / "data.bin").write_bytes(content)
     program = example("http_files", port, tmp_path, allow=[ACCESS])
     assert fetch(port, "data.bin") == (200, content)
@@ -265,7 +233,7 @@ def clients(name: str) -> list[str]:
     """The commands in an example's docstring that talk to it."""
     text = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_bytes())) or ""
     commands = re.findall(r"^    (.*)$|`([^`]+)`", text, re.MULTILINE)
-    tools = re.compile(r"(?:\w+ \w+ \| )?(nc|curl|python -c) ")
+    tools = re.compile(r"(?:\w+ \w+ \| )?(nc|curl|python -c|dig|redis-cli|logger|swaks) ")
     return [command for pair in commands for command in pair if tools.match(command)]
 
 
@@ -283,7 +251,9 @@ SAID = {
 def test_docstrings_name_a_client() -> None:
     """Every example says in its docstring how to start it, and by which client to talk to it."""
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == SAID.keys() | {"signals"}
+    assert names >= SAID.keys() | {"signals"}
+    tested = (ROOT / "tests" / "test_real_servers.py").read_text(encoding="utf-8")
+    assert {name for name in names - SAID.keys() - {"signals"} if f'example("{name}"' not in tested} == set()
     for name in names:
         text = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_bytes())) or ""
         assert f"python examples/{name}.py" in text
