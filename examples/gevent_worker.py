@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 # Importing changes nothing; it is done before the fork, once for all workers.
-from gevent import event, monkey, pool  # type: ignore[import-untyped]
+from gevent import Timeout, event, monkey, pool  # type: ignore[import-untyped]
 from gevent.server import StreamServer  # type: ignore[import-untyped]
 
-from prefork import PreforkTCPServer, StreamRequestHandler, Worker
+from prefork import PreforkTCPServer, RequestTimeout, StreamRequestHandler, Worker
 
 
 class GeventWorker(Worker):
@@ -43,7 +43,16 @@ class GeventWorker(Worker):
         self.told.set()
 
     def serve(self, client: Any, peer: Any) -> None:
-        self.serve_request(self.server, client, peer)
+        limit = self.options.request_timeout
+        # gevent ends a late greenlet that waits. A second later the master finds a loop that does not turn.
+        with self.serving(peer, limit and limit + 1.0):
+            try:
+                with Timeout(limit, RequestTimeout(f"the request took longer than {limit} s")):
+                    self.server.finish_request(client, peer)
+            except Exception:
+                self.server.handle_error(client, peer)
+            finally:
+                self.server.shutdown_request(client)
 
 
 class Echo(StreamRequestHandler):
