@@ -9,6 +9,7 @@ Run `python examples/dns_server.py [PORT]`, then one of
 The last answer is too long for a datagram: the server says so, and dig asks again over TCP.
 """
 
+import contextlib
 import logging
 import socket
 import sys
@@ -60,6 +61,10 @@ class Queries(dnslib.server.DNSHandler):  # type: ignore[misc]
     def setup(self) -> None:
         if self.server.socket_type == socket.SOCK_STREAM:
             self.request.settimeout(5.0)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):  # the client left, or sends nothing
+            super().handle()
 
 
 class UDPServer(PreforkMixIn, dnslib.server.UDPServer):  # type: ignore[misc]

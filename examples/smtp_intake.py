@@ -57,7 +57,8 @@ class Dialogue(SMTP):
         if isinstance(transport, asyncio.WriteTransport) and not (self.told or busy or transport.is_closing()):
             self.told = True
             transport.write(b"421 mail.example.test is about to leave, come back\r\n")
-            transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has already gone
+                transport.write_eof()
             self._reset_timeout(2.0)
 
 

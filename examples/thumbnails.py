@@ -2,7 +2,7 @@
 
 Run `python examples/thumbnails.py [PORT]`, then
 
-    curl -sS --data-binary @photo.png http://127.0.0.1:9008/200 -o small.jpg
+    curl -fsS --data-binary @photo.png http://127.0.0.1:9008/200 -o small.jpg
 
 What a stranger may send is bounded: bytes, pixels (a small file can claim to be a huge picture), kinds of files, time.
 """

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import prefork.errors
 import prefork.master
@@ -237,6 +238,9 @@ def clients(name: str) -> list[str]:
     return [command for pair in commands for command in pair if tools.match(command)]
 
 
+WORKERS = {"primes": processors(), "xmlrpc_compute": processors(), "json_compute": processors()}
+WORKERS |= {"thumbnails": processors(), "upper_udp": 2, "syslog_server": 2, "smtp_intake": 2, "gevent_worker": 2}
+
 SAID = {
     "echo": (9000, "hello"),
     "primes": (9999, "9592 primes below 100000, "),
@@ -245,39 +249,55 @@ SAID = {
     "http_files": (9002, "echo.py"),
     "xmlrpc_compute": (9003, r"\[77031, 350\]"),
     "custom_worker": (9004, "Ada: visit 1, "),
+    "dns_server": (9006, r"192\.0\.2\.80|10 mail\.example\.test|retrying in TCP"),
+    "redis_calculator": (9007, r"2432902008176640000|ADD 40 2: \d+.* requests per second|:42"),
+    "thumbnails": (9008, "^$"),
+    "json_compute": (9009, r"71, 839, 1471, 6857|3\.14159265"),
+    "syslog_server": (9010, "^$"),
+    "werkzeug_flask": (9011, r'"hello":"Ada"|"lines":1'),
+    "smtp_intake": (9013, "250 OK"),
+    "gevent_worker": (9014, "hello"),
 }
 
 
 def test_docstrings_name_a_client() -> None:
     """Every example says in its docstring how to start it, and by which client to talk to it."""
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names >= SAID.keys() | {"signals"}
-    tested = (ROOT / "tests" / "test_real_servers.py").read_text(encoding="utf-8")
-    assert {name for name in names - SAID.keys() - {"signals"} if f'example("{name}"' not in tested} == set()
+    assert names == SAID.keys() | {"signals", "chat"}
     for name in names:
         text = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_bytes())) or ""
         assert f"python examples/{name}.py" in text
         assert clients(name)
 
 
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    Image.new("RGB", (400, 300), "green").save(path)
+    return path
+
+
 @pytest.mark.parametrize("name", SAID)
-def test_docstring_clients_work(example: Start, port: int, name: str) -> None:
+def test_docstring_clients_work(example: Start, port: int, photo: Path, name: str) -> None:
     """The clients that a docstring names get the answer that it promises, where they are installed."""
     default, wanted = SAID[name]
     where = "{run}/echo.sock" if default is None else port
-    directory = [EXAMPLES] if name == "http_files" else []
-    workers = {"primes": processors(), "xmlrpc_compute": processors(), "upper_udp": 2}.get(name, 4)
-    program = example(name, where, *directory, workers=workers, allow=[ACCESS])
+    more = {"http_files": str(EXAMPLES), "syslog_server": "{run}/log.sock"}
+    arguments = [more[name]] if name in more else []
+    program = example(name, where, *arguments, workers=WORKERS.get(name, 4), allow=[ACCESS])
+    program.write("README.md", "one line\n")
+    shutil.copy(photo, program.work / "photo.png")
     ran = 0
     for command in clients(name):
         tool = command.split(" | ")[-1].split()[0]
         if tool != "python" and not shutil.which(tool):
             continue
         command = re.sub(r"^python ", f"{shlex.quote(sys.executable)} ", command)
-        if default is not None:
+        command = re.sub(r"\b(echo|log)\.sock\b", lambda match: str(program.run / match[0]), command)
+        if default is not None and "-u " not in command:
             assert str(default) in command
-            command = command.replace(str(default), str(port))
-        command = f"cd {shlex.quote(str(program.run))}; no_proxy='*'; export no_proxy; {command}"
+        command = command.replace(str(default), str(port))
+        command = f"cd {shlex.quote(str(program.work))}; no_proxy='*'; export no_proxy; {command}"
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20, check=False)
         assert done.returncode == 0 and re.search(wanted.replace("visit 1", r"visit \d"), done.stdout), (command, done)
         ran += 1
