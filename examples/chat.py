@@ -68,8 +68,8 @@ class Member(StreamRequestHandler):
         worker = self.server.worker
         assert worker is not None
         name = f"guest-{worker.slot}-{next(self.numbers)}"
+        self.server.join(self.connection)  # first: who is welcomed hears everything from then on
         self.wfile.write(f"welcome, {name}, to worker {worker.slot}\n".encode())
-        self.server.join(self.connection)
         with contextlib.suppress(ConnectionError):
             while line := self.rfile.readline(1000).decode(errors="replace"):
                 text = "".join(filter(str.isprintable, line)).strip()
