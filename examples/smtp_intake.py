@@ -11,6 +11,7 @@ that are being sent, and tells the other clients 421, "come back": their mail st
 import asyncio
 import contextlib
 import logging
+import mailbox
 import os
 import sys
 from typing import Any
@@ -136,4 +137,5 @@ if __name__ == "__main__":
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 9013
     with MailServer(("127.0.0.1", port), Dialogue) as server:  # type: ignore[arg-type]
         server.directory = os.path.abspath(sys.argv[2] if len(sys.argv) > 2 else "mail")
+        mailbox.Maildir(server.directory)  # made once, here: workers that boot together would be in each other's way
         server.serve_forever()

@@ -700,12 +700,12 @@ def refuses(port: int) -> bool:
 def test_own_worker_loses_nothing(
     start: Start, ledger: Ledger, load: Callable[..., Load], port: int, kind: str
 ) -> None:
-    """Under a load of 16 clients a worker of one's own loses no request by a reload, a retirement and the stop."""
+    """Under load a worker of one's own loses no request by a reload, a retirement and the stop."""
     path = os.pathsep.join([str(PROGRAMS), str(EXAMPLES)])
     words = ("prefork", "work:Work", "-b", f"tcp://127.0.0.1:{port}", "-w", 2, "--worker-class", kind)
     program = start(*words, env={"PYTHONPATH": path})
     program.wait_ready(2, 10)
-    clients = load(tcp(port))
+    clients = load(tcp(port), clients=6)
     clients.more(200)
     reload(program, 2)
     clients.more(100)
