@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help serve test test-all lint pytest repeat stress soak bench clean
+.PHONY: help serve test test-all lint pytest repeat stress soak bench bench-workers clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make stress    the same while every core is kept busy'
 	@echo 'make soak      the long tests'
 	@echo 'make bench     the measurements, as one table; ARGS="--quick"'
+	@echo 'make bench-workers  one program on each class of workers, as one table'
 	@echo 'make clean     remove what make made'
 
 # -- running it
@@ -99,6 +100,9 @@ test-all:
 
 bench: $(BUILD)/wheel
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-workers: $(BUILD)/wheel
+	$(BIN)/python benchmarks/workers.py $(ARGS)
 
 clean:
 	rm -rf .build .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
