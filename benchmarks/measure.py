@@ -119,11 +119,16 @@ class Server:
     port: int = field(init=False)
     lines: Iterator[str] = field(init=False)  # of its standard output
 
-    def __enter__(self) -> Server:
-        self._stderr = tempfile.TemporaryFile()
+    def start(self, cwd: str | None = None) -> None:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the server
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path[1:]])}
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self._stderr, env=environment)
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=self._stderr, env=environment, cwd=cwd
+        )
         self.lines = self._read_lines()
+
+    def __enter__(self) -> Server:
+        self.start()
         try:
             self.port = int(next(self.lines))
         except (Wrong, StopIteration):

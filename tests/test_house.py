@@ -19,7 +19,8 @@ FLOORS = (
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
     {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync", "workers.gate", "workers.coroutines"}
-    | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi", "workers.site"},
+    | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi", "workers.site"}
+    | {"workers.http", "workers.response", "workers.access"},
     {"crew", "master"},
     {"service", "server", "http"},
     {"scout", "program", "cli", "__main__", "testbed", "testing"},
@@ -37,6 +38,9 @@ NEXT_DOOR = {
     ("workers.asgi", "workers.gate"),
     ("workers.asgi", "workers.site"),
     ("workers.gate", "workers.accept"),
+    *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access")),
+    ("workers.response", "workers.http"),
+    *(("workers.access", f"workers.{part}") for part in ("http", "response")),
     ("options", "errors"),
     ("lifeline", "processes"),
     ("listeners", "processes"),

@@ -1,0 +1,65 @@
+"""The access log of the worker class `wsgi`: the combined format, one write a line, on the logger `prefork.access`.
+
+Each worker opens the file for itself and appends: lines of several workers do not mix. A rotation is followed by USR1,
+as for every FileHandler.
+"""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from prefork.workers.http import Connection, Request
+from prefork.workers.response import Response
+
+log = logging.getLogger("prefork.access")
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 34, 92, *range(127, 256))}
+
+
+class AccessLog:
+    """One line a request. `path`: a file, or `-` for standard output.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        handler: Any = logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.handlers[:] = [handler]
+        log.propagate = False
+        log.setLevel(logging.INFO)
+        self._second = 0
+        self._when = ""
+
+    def write(self, connection: Connection, request: Request, response: Response) -> None:
+        environ, peer = request.environ, connection.peer
+        log.info(
+            '%s - - %s "%s %s %s" %s %d "%s" "%s"',
+            peer[0] if isinstance(peer, tuple) else "-",
+            self._time(),
+            request.method,
+            request.target.decode("latin-1").replace('"', "%22"),
+            "HTTP/1.1" if request.http11 else "HTTP/1.0",
+            response.status[:3] or "-",
+            response.sent,
+            _quoted(environ.get("HTTP_REFERER")),
+            _quoted(environ.get("HTTP_USER_AGENT")),
+        )
+
+    def _time(self) -> str:
+        now = int(time.time())
+        if now != self._second:
+            local = time.localtime(now)
+            month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[
+                local.tm_mon - 1
+            ]
+            self._second, self._when = now, time.strftime(f"[%d/{month}/%Y:%H:%M:%S %z]", local)
+        return self._when
+
+
+def _quoted(text: object) -> str:
+    return str(text).translate(_ESCAPES) if text else "-"

@@ -1,0 +1,344 @@
+"""The request side of HTTP/1 for the worker class `wsgi`: bytes come in, requests for an application come out.
+
+llhttp (through httptools) parses every byte of the syntax, in its strict mode: bare LF, folded lines, two lengths, a
+length beside a transfer coding, a bad chunk are its errors. What is decided here is what a parser cannot know: limits,
+which header becomes which key, and what of a valid message is refused all the same.
+
+A connection belongs to one thread at a time. Nothing here waits but `Body`, which an application reads from.
+"""
+
+import io
+import select
+import socket
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import httptools
+
+DONTWAIT = socket.MSG_DONTWAIT
+READ = 65536  # bytes asked of the kernel at once
+
+# What a connection waits for: a first byte, the rest of a head, the rest of a short body, the client's end.
+IDLE, HEAD, BODY, LINGER = range(4)
+
+LAST = 0x7FFF_FFFF_FFFF_FFFF
+
+FAULTS = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    417: "Expectation Failed",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+}
+
+_KEYS: dict[bytes, str] = {b"Content-Type": "CONTENT_TYPE", b"Content-Length": "CONTENT_LENGTH"}
+_KEYS_LEARNED = 1000  # header names are the client's choice: not more than so many are remembered
+_DROPPED = ""
+
+
+class Refused(OSError):
+    """The client's fault while its body was being read: malformed, too long, too slow, or gone. `status` says which."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Limits:
+    """Bounds on what a client may send and how slowly. Class attributes of the worker class: a subclass may set others.
+
+    Sizes are in bytes, times in seconds.
+    """
+
+    MAX_LINE = 8190  # the target of a request line: 414
+    MAX_HEAD = 65536  # everything before the body, looked at after each read: 431
+    MAX_FIELDS = 100  # header lines: 431
+    READ_AHEAD = 65536  # a body up to this is complete before the application is called, a longer one is streamed
+    HEAD_TIMEOUT = 10.0  # from the connection, or the first byte of a later request, to the end of its head: 408
+    BODY_TIMEOUT = 30.0  # without a byte of a body: 408
+    SEND_TIMEOUT = 30.0  # without the client taking a byte of the answer: the connection is given up
+    LINGER = 2.0  # how long input is still read after the last byte of the answer
+    MAX_KEPT = 10_000  # requests on one connection
+
+
+class Site:
+    """What all connections of one listener share."""
+
+    __slots__ = ("application", "base", "limits", "max_body")
+
+    def __init__(self, application: Callable[..., Any], base: dict[str, Any], limits: Limits, max_body: int) -> None:
+        self.application, self.base, self.limits, self.max_body = application, base, limits, max_body or LAST
+
+
+class Request:
+    """A request whose head is complete, and as much of its body as has come.
+
+    `keep`: the client wants the connection kept. `early`: the application is called before the body is complete.
+    """
+
+    __slots__ = ("body", "complete", "early", "environ", "expects", "http11", "keep", "method", "size", "target")
+
+    def __init__(self, environ: dict[str, Any], method: str, target: bytes, keep: bool, http11: bool) -> None:
+        # Method and target once more: the environment is the application's to change.
+        self.environ, self.method, self.target, self.keep, self.http11 = environ, method, target, keep, http11
+        self.body: list[bytes] = []
+        self.size = 0
+        self.complete = self.early = self.expects = False
+
+
+class Connection:
+    """One client, and the callbacks of its parser.
+
+    `requests` are those that were not answered yet, in order; only the last of them can be incomplete. `fault` is the
+    status that is due after them, when what followed could not be understood: then nothing more is read.
+    """
+
+    __slots__ = (
+        *("deadline", "fault", "fd", "handed", "parked", "peer", "phase", "requests", "served", "site", "sock"),
+        *("_environ", "_head", "_parser", "_replaying", "_target"),
+    )
+
+    def __init__(self, site: Site, sock: socket.socket, peer: Any) -> None:
+        self.site, self.sock, self.peer = site, sock, peer
+        self.fd = sock.fileno()
+        self.requests: list[Request] = []
+        self.fault = self.served = self._head = 0
+        self.deadline = 0.0
+        self.phase = IDLE
+        self.parked = self.handed = self._replaying = False
+        self._environ: dict[str, Any] | None = None
+        self._target = b""
+        self._parser = httptools.HttpRequestParser(self)
+
+    # -- bytes in --------------------------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Parse what has come. It raises nothing: see `requests` and `fault`."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as switch:
+            self._ignore_upgrade(data[switch.args[0] :])
+        except httptools.HttpParserError:
+            self.fault = self.fault or 400
+        if not self.requests and not self.fault:
+            self._head += len(data)
+            if self._head > self.site.limits.MAX_HEAD:
+                self.fault = 431
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """No other protocol is spoken here, so the message goes on as HTTP/1.1.
+
+        The parser takes all that follows for the other protocol, the body too. Another one, told by a head of its own
+        how the body is delimited, goes on from there.
+        """
+        request = self.requests[-1]
+        chunked = "HTTP_TRANSFER_ENCODING" in request.environ
+        length = request.environ.get("CONTENT_LENGTH", "0")
+        framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
+        self._parser = httptools.HttpRequestParser(self)
+        self._replaying = True
+        self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode("latin-1"))
+        self._replaying = False
+        if rest:
+            self.feed(rest)
+
+    @property
+    def midway(self) -> bool:
+        """Whether a part of a head has come."""
+        return self._environ is not None
+
+    # -- the parser's callbacks ------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._environ = self.site.base.copy()
+        self._target = b""
+
+    def on_url(self, part: bytes) -> None:
+        self._target += part
+        if len(self._target) > self.site.limits.MAX_LINE:
+            self._refuse(414)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        environ = self._environ
+        if environ is None:
+            return  # a trailer
+        key = _KEYS.get(name)
+        if key is None:
+            key = _learn(name)
+        text = value.rstrip().decode("latin-1")
+        if key in environ:
+            if key == "HTTP_HOST" or key == "CONTENT_TYPE":
+                self._refuse(400)
+            text = environ[key] + ("; " if key == "HTTP_COOKIE" else ",") + text
+        if key:
+            environ[key] = text
+
+    def on_headers_complete(self) -> None:
+        environ, self._environ = self._environ, None
+        if environ is None or self._replaying:
+            return
+        parser = self._parser
+        version = parser.get_http_version()
+        http11 = version == "1.1"
+        if not http11 and version != "1.0":
+            self._refuse(505)
+        if http11 and "HTTP_HOST" not in environ:
+            self._refuse(400)
+        environ["REQUEST_METHOD"] = method = parser.get_method().decode()
+        environ["SERVER_PROTOCOL"] = "HTTP/1.1" if http11 else "HTTP/1.0"
+        peer = self.peer
+        if type(peer) is tuple:
+            environ["REMOTE_ADDR"] = peer[0]
+            environ["REMOTE_PORT"] = str(peer[1])
+        target = self._target
+        if target[:1] == b"/" and b"#" not in target:
+            path, _, query = target.partition(b"?")
+            if b"%" in path:
+                path = unquote_to_bytes(path)
+            environ["PATH_INFO"] = path.decode("latin-1")
+            environ["QUERY_STRING"] = query.decode("latin-1")
+        else:
+            self._locate(environ, target)
+        # It is only right in here: afterwards the parser has forgotten the Connection header.
+        request = Request(environ, method, target, parser.should_keep_alive(), http11)
+        if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
+            self._announce(request, environ)
+        if len(environ) > self.site.limits.MAX_FIELDS + len(self.site.base):
+            self._refuse(431)
+        if "HTTP_EXPECT" in environ and http11:
+            if environ["HTTP_EXPECT"].lower() != "100-continue":
+                self._refuse(417)
+            request.expects = request.early = True
+        self._head = 0
+        self.requests.append(request)
+
+    def on_body(self, data: bytes) -> None:
+        request = self.requests[-1]
+        request.body.append(data)
+        request.size += len(data)
+        if request.size > self.site.limits.READ_AHEAD:
+            request.early = True
+        if request.size > self.site.max_body:
+            self._refuse(413)
+
+    def on_message_complete(self) -> None:
+        # That of a head with Upgrade comes too early.
+        if self._parser.should_upgrade():
+            return
+        self.requests[-1].complete = True
+
+    # -- what is refused -------------------------------------------------------------------------------------------
+
+    def _announce(self, request: Request, environ: dict[str, Any]) -> None:
+        """A body is announced. Its length was checked by the parser: digits, once, and not beside a coding."""
+        coding = environ.get("HTTP_TRANSFER_ENCODING")
+        if coding is None:
+            length = int(environ["CONTENT_LENGTH"])
+            if length > self.site.max_body:
+                self._refuse(413)
+            request.early = length > self.site.limits.READ_AHEAD
+        elif not request.http11:
+            self._refuse(400)  # RFC 9112, 6.1: treat the framing as faulty
+        elif coding.lower() != "chunked":
+            self._refuse(501)
+
+    def _locate(self, environ: dict[str, Any], target: bytes) -> None:
+        """A target that is no plain path: a whole URL, as to a proxy; `*`; or a host, for CONNECT."""
+        method = environ["REQUEST_METHOD"]
+        path, query = b"", b""
+        if method == "CONNECT":
+            self._refuse(501)
+        if target != b"*" or method != "OPTIONS":
+            try:
+                url = httptools.parse_url(target)
+            except httptools.HttpParserInvalidURLError:
+                self._refuse(400)
+            if url.fragment is not None or (url.host is None and target[:1] != b"/"):
+                self._refuse(400)
+            if url.host is not None:  # RFC 9112, 3.2.2: it counts, the header does not
+                port = "" if url.port is None else f":{url.port}"
+                environ["HTTP_HOST"] = url.host.decode("latin-1") + port
+            path, query = url.path or b"/", url.query or b""
+        environ["PATH_INFO"] = unquote_to_bytes(path).decode("latin-1")
+        environ["QUERY_STRING"] = query.decode("latin-1")
+
+    def _refuse(self, status: int) -> None:
+        self.fault = status
+        raise ValueError(status)  # it stops the parser
+
+
+def _learn(name: bytes) -> str:
+    """The key of a header, remembered. One with an underscore is dropped: it would pass for another with a hyphen."""
+    if b"_" in name:
+        key = _DROPPED
+    else:
+        key = name.decode("latin-1").upper().replace("-", "_")
+        if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            key = "HTTP_" + key
+    if len(_KEYS) < _KEYS_LEARNED and len(name) <= 64:
+        _KEYS[name] = key
+    return key
+
+
+# -- the body, as the application reads it -------------------------------------------------------------------------
+
+
+class Body(io.RawIOBase):
+    """The rest of a long body, read from the client as the application reads. Never held whole."""
+
+    def __init__(self, connection: Connection, request: Request, go_on: Callable[[], None]) -> None:
+        self._connection, self._request, self._go_on = connection, request, go_on
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        request = self._request
+        while not request.body:
+            if request.complete:
+                return 0
+            self._receive()
+        part = request.body[0]
+        room = len(buffer)
+        if len(part) <= room:
+            del request.body[0]
+            buffer[: len(part)] = part
+            return len(part)
+        buffer[:room] = part[:room]
+        request.body[0] = part[room:]
+        return room
+
+    def _receive(self) -> None:
+        connection, request = self._connection, self._request
+        if connection.fault:
+            raise Refused(connection.fault, FAULTS[connection.fault])
+        if request.expects:
+            request.expects = False
+            self._go_on()
+        data = receive(connection.sock, connection.site.limits.BODY_TIMEOUT)
+        if data is None:
+            connection.fault = 408
+        elif data:
+            connection.feed(data)
+        else:
+            connection.fault = 400
+            raise Refused(400, "the client left in the middle of its request")
+
+
+def receive(sock: socket.socket, seconds: float) -> bytes | None:
+    """What comes within so many seconds; None if nothing does, b"" at the end of the stream."""
+    try:
+        return sock.recv(READ, DONTWAIT)
+    except BlockingIOError:
+        pass
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    if not poll.poll(seconds * 1000):
+        return None
+    return sock.recv(READ, DONTWAIT)

@@ -1,0 +1,368 @@
+"""The response side of the worker class `wsgi`: PEP 3333's start_response, write and iterables become bytes.
+
+The head and the first part of the body leave in one send. Where the connection is closed after an answer that is a
+list, the end of the stream leaves in the same segment (MSG_MORE, then close), which saves several microseconds.
+"""
+
+import logging
+import os
+import re
+import select
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from time import time
+from types import TracebackType
+from typing import Any
+from wsgiref.handlers import format_date_time
+
+from prefork.workers.http import DONTWAIT, FAULTS, Connection, Request
+
+log = logging.getLogger("prefork")
+
+MORE = getattr(socket, "MSG_MORE", 0)
+_JOIN = 65536  # bytes: parts are copied together up to this, to save a system call
+
+_PLAIN, _LENGTH, _DATE, _SERVER, _HOP = range(1, 6)
+# PEP 3333: an application must not use HTTP/1.1's hop-by-hop features.
+_HOPS = ("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "TE", "Trailers", "Trailer")
+_KINDS = {"content-length": _LENGTH, "date": _DATE, "server": _SERVER}
+_KINDS |= {name.lower(): _HOP for name in (*_HOPS, "Transfer-Encoding", "Upgrade")}
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_STATUS = re.compile(r"[2-9][0-9][0-9] [\t -~\x80-\xff]*")
+_names: dict[str, int] = {}
+_statuses: dict[str, tuple[str, bool]] = {}
+_LEARNED = 1000  # names and statuses are the application's choice: not more than so many are remembered
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+class Gone(ConnectionError):
+    """The client does not take its answer: it has left, or its time is over."""
+
+
+class FileWrapper:
+    """`wsgi.file_wrapper`: a file that the kernel sends by itself where it can."""
+
+    def __init__(self, filelike: Any, block_size: int = 65536) -> None:
+        self.filelike, self.block_size = filelike, block_size
+        if hasattr(filelike, "close"):
+            self.close = filelike.close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(lambda: self.filelike.read(self.block_size), b"")
+
+
+class Clock:
+    """The Date header, made once a second."""
+
+    def __init__(self, server: str) -> None:
+        self._server = f"Server: {server}\r\n" if server else ""
+        self._until = 0.0
+        self.date = self.both = ""
+
+    def look(self) -> None:
+        now = time()
+        if now >= self._until:
+            self._until = int(now) + 1
+            self.date = f"Date: {format_date_time(now)}\r\n"
+            self.both = self._server + self.date
+
+
+def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
+    """Head and body of an error of the server's own, after which the connection is closed."""
+    body = f"{FAULTS[status]}\n"
+    clock.look()
+    head = (
+        f"HTTP/1.1 {status} {FAULTS[status]}\r\n{clock.both}Content-Type: text/plain\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode("latin-1"), body.encode("latin-1")
+
+
+class Response:
+    """The answer to one request.
+
+    `begun`: its head has been sent. `keep`: the connection can be used again; known once it has begun. `sent`: bytes of
+    the body.
+    """
+
+    __slots__ = (
+        *("begun", "keep", "sent", "status", "_bare", "_chunked", "_clock", "_connection", "_dated"),
+        *("_head", "_length", "_may_keep", "_request", "_served"),
+    )
+
+    def __init__(
+        self, connection: Connection, request: Request, clock: Clock, may_keep: Callable[[Connection], bool]
+    ) -> None:
+        self._connection, self._request, self._clock, self._may_keep = connection, request, clock, may_keep
+        self.begun = self.keep = self._chunked = False
+        self.sent = 0
+        self.status = ""
+        self._length = -1
+
+    # -- what the application calls --------------------------------------------------------------------------------
+
+    def start(
+        self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None
+    ) -> Callable[[bytes], None]:
+        """`start_response`."""
+        if exc_info:
+            try:
+                if self.begun:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None  # or it would hold its own frame
+        elif self.status:
+            raise AssertionError("start_response() was called again, without exc_info")
+        known = _statuses.get(status) or _learn_status(status)
+        line, bare = known
+        length, dated, served = -1, False, False
+        parts = [line]
+        for name, value in headers:
+            kind = _names.get(name) or _learn_name(name)
+            if kind != _PLAIN:
+                if kind == _LENGTH:
+                    if not (value.isascii() and value.isdigit()):
+                        raise ValueError(f"Content-Length: {value!r} is no length")
+                    length = int(value)
+                    if bare and not status.startswith("304"):
+                        continue
+                elif kind == _DATE:
+                    dated = True
+                elif kind == _SERVER:
+                    served = True
+                else:
+                    raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
+            parts.append(name + ": " + value + "\r\n")
+        head = "".join(parts)
+        lines = len(parts)
+        if head.count("\n") != lines or head.count("\r") != lines or "\0" in head:
+            raise ValueError("a response header contains a control character")
+        self._head = head.encode("latin-1")
+        self.status, self._bare, self._length, self._dated, self._served = status, bare, length, dated, served
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        """What `start_response` returns. Empty data sends nothing, also no head."""
+        if type(data) is not bytes:
+            raise TypeError(f"an application must give bytes, not {type(data).__name__}")
+        if not data:
+            return
+        size, length = len(data), self._length
+        if self._head_only():
+            if not self.begun:
+                self._send(self._begin(-1))
+            return
+        if 0 <= length < self.sent + size:
+            if self.sent == length:
+                return self._too_much()
+            data = data[: length - self.sent]
+            size = len(data)
+            self._too_much()
+        self.sent += size
+        if not self.begun:
+            head = self._begin(-1)
+            if self._chunked:
+                head += b"%x\r\n" % size
+            self._send(head, data, b"\r\n" if self._chunked else b"")
+        elif self._chunked:
+            self._send(b"%x\r\n" % size, data, b"\r\n")
+        else:
+            self._send(b"", data)
+
+    # -- what the worker calls -------------------------------------------------------------------------------------
+
+    def run(self, application: Callable[..., Any], environ: dict[str, Any]) -> None:
+        """Call the application, and send what it gives. Its exceptions are raised, after its `close()`."""
+        result = application(environ, self.start)
+        try:
+            kind = type(result)
+            if (kind is list or kind is tuple) and not self.begun:
+                self._send_whole(result)
+            else:
+                if kind is FileWrapper and self._send_file(result):
+                    return
+                for data in result:
+                    self.write(data)
+                self._end()
+        finally:
+            if hasattr(result, "close"):
+                result.close()
+
+    def continue_(self) -> None:
+        """The application reads a body that the client holds back until it is told to send it."""
+        if not self.begun:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def fail(self, status: int) -> None:
+        """Answer with an error of the server's own, and no more on this connection."""
+        self.begun, self.keep, self._length = True, False, -1
+        self.status = f"{status} {FAULTS[status]}"
+        head, body = refusal(status, self._clock)
+        if self._request.method != "HEAD":
+            head += body
+            self.sent = len(body)
+        self._send(head)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _head_only(self) -> bool:
+        if not self.status:
+            raise AssertionError("the application did not call start_response()")
+        return self._bare or self._request.method == "HEAD"
+
+    def _send_whole(self, parts: list[bytes] | tuple[bytes, ...]) -> None:
+        """All of it is there: its length is known, and where it is small it is one send with the head."""
+        if len(parts) == 1:
+            data = parts[0]
+            if type(data) is not bytes:
+                raise TypeError(f"an application must give bytes, not {type(data).__name__}")
+            size = len(data)
+        else:
+            size = sum(map(len, parts))
+            if not all(type(part) is bytes for part in parts):
+                raise TypeError("an application must give bytes")
+            data = b"".join(parts) if size <= _JOIN else b""
+        if self._head_only() or (0 <= self._length != size) or (size and not data):
+            if self.status and self._length < 0 and not self._bare and size:
+                self._length = size
+                self._head += b"Content-Length: %d\r\n" % size
+            for data in parts:
+                self.write(data)
+            self._end()
+            return
+        self.sent = size
+        head = self._begin(size)
+        # With nothing to close nothing delays the end of the stream, which may then share its segment.
+        self._send(head, data, more=not self.keep)
+
+    def _begin(self, size: int) -> bytes:
+        """The head, complete. `size` is that of the whole body where it is known, else -1."""
+        request, connection = self._request, self._connection
+        keep = request.keep and request.complete and not connection.fault and self._may_keep(connection)
+        clock = self._clock
+        clock.look()
+        if not self._dated and not self._served:
+            own = clock.both
+        else:
+            own = ("" if self._dated else clock.date) + ("" if self._served else clock.both.removesuffix(clock.date))
+        if self._length < 0 and not self._bare:
+            if size >= 0:
+                self._length = size
+                own += f"Content-Length: {size}\r\n"
+            elif request.method == "HEAD":
+                pass
+            elif request.http11:
+                self._chunked = True
+                own += "Transfer-Encoding: chunked\r\n"
+            else:
+                keep = False
+        if not keep:
+            own += "Connection: close\r\n"
+        elif not request.http11:
+            own += "Connection: keep-alive\r\n"
+        self.begun, self.keep = True, keep
+        return self._head + own.encode("latin-1") + b"\r\n"
+
+    def _end(self) -> None:
+        head_only = self._head_only()
+        if not self.begun:
+            self._send(self._begin(-1 if head_only else 0))
+        elif self._chunked:
+            self._send(b"0\r\n\r\n")
+        if self.sent < self._length and not head_only:
+            self.keep = False
+            log.error(
+                "the application gave %d bytes of a body of %d; the connection is closed", self.sent, self._length
+            )
+
+    def _too_much(self) -> None:
+        log.error("the application gave more than its Content-Length of %d bytes; the rest is left out", self._length)
+
+    def _send_file(self, wrapper: FileWrapper) -> bool:
+        """Whether the kernel could send the file."""
+        try:
+            fd, offset = wrapper.filelike.fileno(), wrapper.filelike.tell()
+            info = os.fstat(fd)
+        except (AttributeError, OSError, ValueError):
+            return False
+        if not stat.S_ISREG(info.st_mode) or self.begun or self._head_only():
+            return False
+        size = max(0, info.st_size - offset)
+        if self._length >= 0:
+            size = min(size, self._length)
+        sock = self._connection.sock
+        sock.setblocking(False)  # sendfile has no flag for it; nothing here counts on a blocking socket
+        self._send(self._begin(size), more=size > 0)
+        while self.sent < size:
+            try:
+                count = os.sendfile(sock.fileno(), fd, offset + self.sent, min(size - self.sent, 1 << 20))
+            except BlockingIOError:
+                self._wait()
+                continue
+            except OSError as error:
+                raise Gone(str(error)) from error
+            if not count:
+                break  # it was truncated meanwhile
+            self.sent += count
+        self._end()
+        return True
+
+    def _send(self, head: bytes, data: bytes = b"", tail: bytes = b"", more: bool = False) -> None:
+        """Send all of it, waiting for the client where it must."""
+        flags = DONTWAIT | MORE if more else DONTWAIT
+        if len(data) <= _JOIN:
+            self._push(head + data + tail, flags)
+        else:
+            if head:
+                self._push(head, DONTWAIT | MORE)
+            self._push(data, flags | MORE if tail else flags)
+            if tail:
+                self._push(tail, flags)
+
+    def _push(self, data: bytes, flags: int) -> None:
+        send = self._connection.sock.send
+        try:
+            count = send(data, flags)
+            if count == len(data):
+                return
+        except BlockingIOError:
+            count = 0
+        except OSError as error:
+            raise Gone(str(error)) from error
+        view = memoryview(data)[count:]
+        while view:
+            self._wait()
+            try:
+                view = view[send(view, flags) :]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise Gone(str(error)) from error
+
+    def _wait(self) -> None:
+        """Until the client takes more."""
+        poll = select.poll()
+        poll.register(self._connection.sock, select.POLLOUT)
+        if not poll.poll(self._connection.site.limits.SEND_TIMEOUT * 1000):
+            raise Gone("the client took nothing for too long")
+
+
+def _learn_status(status: str) -> tuple[str, bool]:
+    """Its line, and whether such an answer has no body."""
+    if not isinstance(status, str) or not _STATUS.fullmatch(status):
+        raise ValueError(f"start_response: {status!r} is no status; it is a text such as '200 OK'")
+    known = f"HTTP/1.1 {status}\r\n", status[:3] in ("204", "304")
+    if len(_statuses) < _LEARNED:
+        _statuses[status] = known
+    return known
+
+
+def _learn_name(name: str) -> int:
+    if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+        raise ValueError(f"start_response: {name!r} is no name of a header")
+    kind = _KINDS.get(name.lower(), _PLAIN)
+    if len(_names) < _LEARNED:
+        _names[name] = kind
+    return kind
