@@ -70,10 +70,11 @@ class Limits:
 class Site:
     """What all connections of one listener share."""
 
-    __slots__ = ("application", "base", "limits", "max_body")
+    __slots__ = ("application", "base", "keys", "limits", "line", "max_body")
 
     def __init__(self, application: Callable[..., Any], base: dict[str, Any], limits: Limits, max_body: int) -> None:
         self.application, self.base, self.limits, self.max_body = application, base, limits, max_body or LAST
+        self.line, self.keys = limits.MAX_LINE, limits.MAX_FIELDS + len(base) + 5  # what a request adds beside headers
 
 
 class Request:
@@ -101,7 +102,7 @@ class Connection:
 
     __slots__ = (
         *("deadline", "fault", "fd", "handed", "parked", "peer", "phase", "requests", "served", "site", "sock"),
-        *("_environ", "_head", "_parser", "_replaying", "_target"),
+        *("_environ", "_head", "_parser", "_repeated", "_replaying", "_switches", "_target"),
     )
 
     def __init__(self, site: Site, sock: socket.socket, peer: Any) -> None:
@@ -111,9 +112,9 @@ class Connection:
         self.fault = self.served = self._head = 0
         self.deadline = 0.0
         self.phase = IDLE
-        self.parked = self.handed = self._replaying = False
+        self.parked = self.handed = self._replaying = self._switches = False
+        self._repeated = 0
         self._environ: dict[str, Any] | None = None
-        self._target = b""
         self._parser = httptools.HttpRequestParser(self)
 
     # -- bytes in --------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ class Connection:
         length = request.environ.get("CONTENT_LENGTH", "0")
         framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
         self._parser = httptools.HttpRequestParser(self)
-        self._replaying = True
+        self._replaying, self._switches = True, False
         self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode("latin-1"))
         self._replaying = False
         if rest:
@@ -161,7 +162,7 @@ class Connection:
 
     def on_url(self, part: bytes) -> None:
         self._target += part
-        if len(self._target) > self.site.limits.MAX_LINE:
+        if len(self._target) > self.site.line:
             self._refuse(414)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -171,13 +172,18 @@ class Connection:
         key = _KEYS.get(name)
         if key is None:
             key = _learn(name)
-        text = value.rstrip().decode("latin-1")
         if key in environ:
-            if key == "HTTP_HOST" or key == "CONTENT_TYPE":
-                self._refuse(400)
-            text = environ[key] + ("; " if key == "HTTP_COOKIE" else ",") + text
-        if key:
-            environ[key] = text
+            self._repeat(environ, key, value)
+        elif key:
+            environ[key] = value.rstrip().decode("latin-1")
+
+    def _repeat(self, environ: dict[str, Any], key: str, value: bytes) -> None:
+        self._repeated += 1
+        if key == "HTTP_HOST" or key == "CONTENT_TYPE":
+            self._refuse(400)
+        if self._repeated > self.site.limits.MAX_FIELDS:
+            self._refuse(431)
+        environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value.rstrip().decode("latin-1")
 
     def on_headers_complete(self) -> None:
         environ, self._environ = self._environ, None
@@ -209,13 +215,14 @@ class Connection:
         request = Request(environ, method, target, parser.should_keep_alive(), http11)
         if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
             self._announce(request, environ)
-        if len(environ) > self.site.limits.MAX_FIELDS + len(self.site.base):
-            self._refuse(431)
         if "HTTP_EXPECT" in environ and http11:
             if environ["HTTP_EXPECT"].lower() != "100-continue":
                 self._refuse(417)
             request.expects = request.early = True
-        self._head = 0
+        self._switches = "HTTP_UPGRADE" in environ and parser.should_upgrade()
+        if len(environ) > self.site.keys:
+            self._refuse(431)
+        self._head = self._repeated = 0
         self.requests.append(request)
 
     def on_body(self, data: bytes) -> None:
@@ -228,10 +235,8 @@ class Connection:
             self._refuse(413)
 
     def on_message_complete(self) -> None:
-        # That of a head with Upgrade comes too early.
-        if self._parser.should_upgrade():
-            return
-        self.requests[-1].complete = True
+        if not self._switches:  # or it is that of the head alone
+            self.requests[-1].complete = True
 
     # -- what is refused -------------------------------------------------------------------------------------------
 
