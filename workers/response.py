@@ -240,7 +240,7 @@ class Response:
     def _begin(self, size: int) -> bytes:
         """The head, complete. `size` is that of the whole body where it is known, else -1."""
         request, connection = self._request, self._connection
-        keep = request.keep and request.complete and not connection.fault and self._may_keep(connection)
+        keep = request.keep and request.complete and self._may_keep(connection)
         clock = self._clock
         clock.look()
         if not self._dated and not self._served:
