@@ -70,10 +70,11 @@ class Limits:
 class Site:
     """What all connections of one listener share."""
 
-    __slots__ = ("application", "base", "keys", "limits", "line", "max_body")
+    __slots__ = ("application", "base", "keys", "limits", "line", "max_body", "verify")
 
     def __init__(self, application: Callable[..., Any], base: dict[str, Any], limits: Limits, max_body: int) -> None:
         self.application, self.base, self.limits, self.max_body = application, base, limits, max_body or LAST
+        self.verify: Callable[[Any, Any], bool] | None = None
         self.line, self.keys = limits.MAX_LINE, limits.MAX_FIELDS + len(base) + 5  # what a request adds beside headers
 
 
@@ -98,10 +99,24 @@ class Connection:
 
     `requests` are those that were not answered yet, in order; only the last of them can be incomplete. `fault` is the
     status that is due after them, when what followed could not be understood: then nothing more is read.
+    `broken`: an answer could not be finished. `handed`: another thread has it, or will.
     """
 
     __slots__ = (
-        *("deadline", "fault", "fd", "handed", "parked", "peer", "phase", "requests", "served", "site", "sock"),
+        *(
+            "broken",
+            "deadline",
+            "fault",
+            "fd",
+            "handed",
+            "parked",
+            "peer",
+            "phase",
+            "requests",
+            "served",
+            "site",
+            "sock",
+        ),
         *("_environ", "_head", "_parser", "_repeated", "_replaying", "_switches", "_target"),
     )
 
@@ -112,7 +127,7 @@ class Connection:
         self.fault = self.served = self._head = 0
         self.deadline = 0.0
         self.phase = IDLE
-        self.parked = self.handed = self._replaying = self._switches = False
+        self.broken = self.parked = self.handed = self._replaying = self._switches = False
         self._repeated = 0
         self._environ: dict[str, Any] | None = None
         self._parser = httptools.HttpRequestParser(self)

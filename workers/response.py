@@ -84,11 +84,11 @@ class Response:
     """The answer to one request.
 
     `begun`: its head has been sent. `keep`: the connection can be used again; known once it has begun. `sent`: bytes of
-    the body.
+    the body. `excess`: the application gave more of it than its Content-Length.
     """
 
     __slots__ = (
-        *("begun", "keep", "sent", "status", "_bare", "_chunked", "_clock", "_connection", "_dated"),
+        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_clock", "_connection", "_dated"),
         *("_head", "_length", "_may_keep", "_request", "_served"),
     )
 
@@ -96,7 +96,7 @@ class Response:
         self, connection: Connection, request: Request, clock: Clock, may_keep: Callable[[Connection], bool]
     ) -> None:
         self._connection, self._request, self._clock, self._may_keep = connection, request, clock, may_keep
-        self.begun = self.keep = self._chunked = False
+        self.begun = self.excess = self.keep = self._chunked = False
         self.sent = 0
         self.status = ""
         self._length = -1
@@ -155,11 +155,11 @@ class Response:
                 self._send(self._begin(-1))
             return
         if 0 <= length < self.sent + size:
-            if self.sent == length:
-                return self._too_much()
+            self.excess = True
             data = data[: length - self.sent]
             size = len(data)
-            self._too_much()
+            if not size and self.begun:
+                return
         self.sent += size
         if not self.begun:
             head = self._begin(-1)
@@ -273,12 +273,9 @@ class Response:
             self._send(b"0\r\n\r\n")
         if self.sent < self._length and not head_only:
             self.keep = False
-            log.error(
-                "the application gave %d bytes of a body of %d; the connection is closed", self.sent, self._length
-            )
-
-    def _too_much(self) -> None:
-        log.error("the application gave more than its Content-Length of %d bytes; the rest is left out", self._length)
+            log.error("the application gave %d bytes of a body of %d; its client is let go", self.sent, self._length)
+        elif self.excess:
+            log.error("the application gave more than its Content-Length of %d bytes; that is left out", self._length)
 
     def _send_file(self, wrapper: FileWrapper) -> bool:
         """Whether the kernel could send the file."""

@@ -15,6 +15,8 @@ import os
 import queue
 import select
 import socket
+import socketserver
+import struct
 import sys
 import threading
 from io import BufferedReader, BytesIO
@@ -85,11 +87,17 @@ class WSGIWorker(Limits, Worker):
         self._tick = min(self.TICK, max(0.02, self._idle / 4)) if self._idle else self.TICK
         self._tick_at = 0.0
         self._resume_at = _NEVER  # when to accept again
+        # Whether the application has forked: then a close alone does not end a connection, of which there are copies.
+        self._forked = False
+        os.register_at_fork(after_in_parent=self._has_forked)
         # With threads.
         self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._counts = threading.Condition()
         self._busy = 0  # of the threads, and what waits for one
         self._handed = 0  # of these, how many were not begun
+
+    def _has_forked(self) -> None:
+        self._forked = True
 
     def _site(self, server: Any) -> Site:
         address = server.socket.getsockname()
@@ -111,7 +119,10 @@ class WSGIWorker(Limits, Worker):
             "SCRIPT_NAME": "",
             "REMOTE_ADDR": "",
         }
-        return Site(server.RequestHandlerClass, base, self, self.options.max_body)
+        site = Site(server.RequestHandlerClass, base, self, self.options.max_body)
+        if type(server).verify_request is not socketserver.BaseServer.verify_request:
+            site.verify = server.verify_request
+        return site
 
     def drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -144,8 +155,9 @@ class WSGIWorker(Limits, Worker):
         connections, threads = self._connections, self._threads
         room = _BATCH if threads == 1 else threads - self._busy
         watched = bool(connections or self._busy or self._resume_at < _NEVER)
+        tick = self._tick if self._resume_at == _NEVER else PAUSE
         if room > 0:
-            for fd, _ in self._epoll.poll(self._tick if watched else -1, room):
+            for fd, _ in self._epoll.poll(tick if watched else -1, room):
                 connection = connections.get(fd)
                 if connection is not None:
                     self._read(connection)
@@ -155,12 +167,12 @@ class WSGIWorker(Limits, Worker):
                     os.read(fd, 64)
         else:
             with self._counts:
-                self._counts.wait_for(lambda: self._busy < threads, self._tick)
+                self._counts.wait_for(lambda: self._busy < threads, tick)
         if watched and (now := monotonic()) >= self._tick_at:
-            self._tick_at = now + self._tick
+            self._tick_at = now + tick
             for connection in [one for one in list(connections.values()) if one.deadline <= now]:
                 self._expire(connection)
-            if self._resume_at <= now and len(connections) < self.options.max_connections:
+            if self._resume_at <= now and (len(connections) < self.options.max_connections or self._close_idle()):
                 self._resume_at = _NEVER
                 self.acceptor.poll_with(self._epoll)
 
@@ -207,6 +219,8 @@ class WSGIWorker(Limits, Worker):
         for one in self._connections.values():
             if one.phase == IDLE:
                 one.deadline += self.LAST_WORD - self._idle if one.served else self.FIRST_WORD - self.HEAD_TIMEOUT
+            elif one.phase == LINGER:
+                one.deadline += self.LAST_WORD - self.LINGER
         self._wait_out()
         with self._counts:
             self._counts.wait_for(lambda: not self._handed)
@@ -221,7 +235,11 @@ class WSGIWorker(Limits, Worker):
 
     def _welcome(self, server: Any, sock: socket.socket, peer: Any) -> None:
         """A new connection. Its request is nearly always there, so it is read at once."""
-        connection = Connection(self._sites[server], sock, peer)
+        site = self._sites[server]
+        if site.verify is not None and not site.verify(sock, peer):
+            sock.close()
+            return
+        connection = Connection(site, sock, peer)
         connection.deadline = monotonic() + self.HEAD_TIMEOUT
         self._read(connection)
 
@@ -308,7 +326,8 @@ class WSGIWorker(Limits, Worker):
 
         A close with unread input would reset the connection, and the client might lose the answer.
         """
-        connection.phase, connection.deadline = LINGER, monotonic() + self.LINGER
+        connection.phase = LINGER
+        connection.deadline = monotonic() + (self.LAST_WORD if self.draining else self.LINGER)
         try:
             connection.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -320,8 +339,10 @@ class WSGIWorker(Limits, Worker):
         if connection.parked:
             connection.parked = False
             del self._connections[connection.fd]
-            # By hand: a process that the application has forked may hold a copy of it, and then it would stay.
-            self._epoll.unregister(connection.fd)
+            self._epoll.unregister(connection.fd)  # by hand, as it would stay where a forked process has a copy
+        if self._forked and not connection.broken:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
         connection.sock.close()
 
     # -- a connection that is served -------------------------------------------------------------------------------
@@ -388,6 +409,7 @@ class WSGIWorker(Limits, Worker):
                     self._begun(connection)
                 response.run(connection.site.application, request.environ)
         except Gone:
+            connection.broken = True
             response.keep = False
         except Exception as error:
             self._fail(connection, request, response, error)
@@ -406,6 +428,7 @@ class WSGIWorker(Limits, Worker):
             status = 503 if isinstance(error, RequestTimeout) else 500
             what = f"{request.method} {request.target.decode('latin-1')}"
             log.error("worker %d: the application raised at %s", self.slot, what, exc_info=error)
+        connection.broken = response.begun
         self._tell(response, status)
 
     def _tell(self, response: Response, status: int) -> None:
@@ -419,7 +442,12 @@ class WSGIWorker(Limits, Worker):
 
     def _let_go(self, connection: Connection, request: Request) -> None:
         """After the last answer."""
-        if not request.keep and request.complete and len(connection.requests) == 1 and not connection.fault:
+        if connection.broken:
+            # A mere end would look like that of the answer where nothing else tells its length.
+            with contextlib.suppress(OSError):
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._close(connection)
+        elif not request.keep and request.complete and len(connection.requests) == 1 and not connection.fault:
             self._close(connection)  # as the client wanted it, who has nothing more to say
         else:
             self._linger(connection)

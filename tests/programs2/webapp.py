@@ -5,7 +5,6 @@ import io
 import json
 import os
 import select
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -35,7 +34,7 @@ class Closing:
 
 def echo(environ: dict[str, Any]) -> bytes:
     """Everything that is to be the same however a request arrives."""
-    body = environ["wsgi.input"].read()
+    body = b"".join(iter(lambda: environ["wsgi.input"].read(1 << 16), b""))
     strings = {key: value for key, value in environ.items() if isinstance(value, str) and key != "REMOTE_PORT"}
     return json.dumps({"environ": strings, "body": body.decode("latin-1")}, sort_keys=True).encode()
 
@@ -100,7 +99,7 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             start_response(status, [*headers, ("Content-Length", said)])
             return Closing(*[b"x"] * int(given))
         case "again":
-            start_response("500 First", [("X-First", "1")])
+            start_response("500 First", [*headers, ("X-First", "1")])
             try:
                 raise ValueError("ordered trouble")
             except ValueError:
@@ -147,10 +146,12 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             file = open("file", "rb")  # noqa: SIM115  # it is the server that closes it
             file.seek(int(seek or 0))
             start_response(status, headers)
-            return environ["wsgi.file_wrapper"](file)
+            wrapped: Iterable[bytes] = environ["wsgi.file_wrapper"](file)
+            return wrapped
         case "nofile":
             start_response(status, headers)
-            return environ["wsgi.file_wrapper"](io.BytesIO(b"in memory" * 1000), 100)
+            wrapped = environ["wsgi.file_wrapper"](io.BytesIO(b"in memory" * 1000), 100)
+            return wrapped
         case "download":
             start_response(status, headers)
             return download(int(argument))
@@ -167,9 +168,16 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         case "sleep":
             time.sleep(float(argument))
             body = b"slept"
-        case "child":
-            subprocess.Popen(["sleep", "1"], close_fds=False)
-            body = b"born"
+        case "fork":
+            pid = os.fork()
+            if not pid:
+                while not Path(argument).exists():
+                    select.select([], [], [], 0.005)
+                os._exit(0)
+            body = b"%d" % pid
+        case "reap":
+            os.waitpid(int(argument), 0)
+            body = b"reaped"
         case "leave":
             sys.exit(3)
         case _:

@@ -89,10 +89,10 @@ class Web:
 
     def rest(self) -> bytes:
         """All that still comes, to the end of the stream."""
-        while part := self.sock.recv(1 << 16):
-            self.buffer += part
-        rest, self.buffer = self.buffer, b""
-        return rest
+        parts, self.buffer = [self.buffer], b""
+        while part := self.sock.recv(1 << 20):
+            parts.append(part)
+        return b"".join(parts)
 
     def is_over(self) -> bool:
         """Whether the server has ended the stream and sent nothing more: by its end, or by a reset."""
