@@ -147,6 +147,10 @@ class Connection:
             if self._head > self.site.limits.MAX_HEAD:
                 self.fault = 431
 
+    def close(self) -> None:
+        self.sock.close()
+        del self._parser  # it holds this object's methods: without the circle both are freed now, not by a collection
+
     def _ignore_upgrade(self, rest: bytes) -> None:
         """No other protocol is spoken here, so the message goes on as HTTP/1.1.
 

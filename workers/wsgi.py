@@ -42,6 +42,7 @@ log = logging.getLogger("prefork")
 _NEVER = float("inf")
 _BATCH = 64  # events looked at between two looks at the clock
 _LEAVING_TICK = 0.02
+_TURN = 8  # connections that a worker may take, serve and close before it looks at anything else
 
 
 class WSGIWorker(Limits, Worker):
@@ -86,6 +87,8 @@ class WSGIWorker(Limits, Worker):
         self._idle = self.options.keepalive_timeout
         self._tick = min(self.TICK, max(0.02, self._idle / 4)) if self._idle else self.TICK
         self._tick_at = 0.0
+        self._taken = 0
+        self._crowded = False  # whether more than one was found waiting the last time
         self._resume_at = _NEVER  # when to accept again
         # Whether the application has forked: then a close alone does not end a connection, of which there are copies.
         self._forked = False
@@ -177,21 +180,40 @@ class WSGIWorker(Limits, Worker):
                 self.acceptor.poll_with(self._epoll)
 
     def _take(self, fd: int) -> None:
-        if len(self._connections) >= self.options.max_connections and not self._close_idle():
-            self._stop_accepting(0.0)
-            return
+        """Take and serve what the listener has, as long as it has more and nobody else's turn has come.
+
+        To ask without having been told that somebody is there saves a poll where there is, a twentieth of what a short
+        connection costs, and costs twice as much where there is not: it is done while it succeeds, and tried at times.
+        """
+        for number in range(1, _TURN + 1):
+            waiting = len(self._connections)
+            if waiting >= self.options.max_connections and not self._close_idle():
+                self._stop_accepting(0.0)
+                return
+            taken = self._try_take(fd)
+            if taken is None:
+                self._crowded = self._crowded and number == 1
+                break
+            self._welcome(*taken)
+            self._taken += 1
+            self._crowded = self._crowded or number > 1
+            # Who has got a connection to keep lets others have the next one. One that is over already leaves nothing
+            # to be fair about.
+            if len(self._connections) > waiting or self.draining or not (self._crowded or self._taken % _TURN == 0):
+                break
+        if self._resume_at == _NEVER and (len(self._connections) > waiting or number > 1):
+            self.acceptor.step_back(self._epoll, fd)
+
+    def _try_take(self, fd: int) -> Any:
         try:
-            taken = self.acceptor.try_take(fd)
+            return self.acceptor.try_take(fd)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             self.acceptor.say_full(error)
             self._close_idle()
             self._stop_accepting(monotonic() + PAUSE)
-            return
-        if taken:
-            self.acceptor.step_back(self._epoll, fd)
-            self._welcome(*taken)
+            return None
 
     def _take_last(self, fd: int, number: int) -> None:
         """What is queued when this worker is told to leave."""
@@ -343,7 +365,7 @@ class WSGIWorker(Limits, Worker):
         if self._forked and not connection.broken:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
-        connection.sock.close()
+        connection.close()
 
     # -- a connection that is served -------------------------------------------------------------------------------
 
