@@ -20,7 +20,7 @@ FLOORS = (
     {"pool", "policy"},
     {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync", "workers.gate", "workers.coroutines"}
     | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi", "workers.site"}
-    | {"workers.http", "workers.response", "workers.access"},
+    | {"workers.http", "workers.response", "workers.access", "workers.polling"},
     {"crew", "master"},
     {"service", "server", "http"},
     {"scout", "program", "cli", "__main__", "testbed", "testing"},
@@ -38,9 +38,10 @@ NEXT_DOOR = {
     ("workers.asgi", "workers.gate"),
     ("workers.asgi", "workers.site"),
     ("workers.gate", "workers.accept"),
-    *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access")),
+    *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),
     ("workers.response", "workers.http"),
     *(("workers.access", f"workers.{part}") for part in ("http", "response")),
+    *(("workers.polling", f"workers.{part}") for part in ("accept", "base", "http", "response")),
     ("options", "errors"),
     ("lifeline", "processes"),
     ("listeners", "processes"),
