@@ -2,9 +2,12 @@
 
     python benchmarks/web.py [--quick] [--reps N] [--only NAME ...]
 
-Everybody serves the same hello-world with two workers to the same closed-loop clients, which check every answer. CPU is
-that of all processes of the server, from the kernel's clocks, over the whole load, a request; beside it the rate, for
-which server and clients share the processors. All servers of a repetition run at once and are visited in turn; ratios
+Everybody serves the same hello-world with two workers, and every answer is checked. CPU is that of all processes of the
+server, from the kernel's clocks, a request: with `close` over a queue of 400 connections that was filled while the
+server was stopped, so that nobody else runs; with `keep-alive` under closed-loop clients. The rate is always that under
+the clients, with which the server shares the processors.
+
+All servers of a repetition run at once and are visited in turn; ratios
 are taken between two visits of one round. A server that is not installed is left out, and said so. The exit status is
 always 0.
 
@@ -17,6 +20,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import select
 import shutil
 import socket
 import sys
@@ -109,10 +113,10 @@ RIVALS = (
     Rival(
         "prefork wsgi, 4 threads", "httptools", (*PREFORK, "--worker-class", "wsgi", "--threads", "4", "web_app:wsgi")
     ),
-    # Its workers speak HTTP themselves on both. With http11-socket a kept connection holds a worker: as many clients as
-    # there are workers are served at a time.
+    # http-socket: its workers speak HTTP themselves, one request a connection. Keep-alive takes its router in front
+    # (with http11-socket a kept connection holds a worker, and more clients than workers are not served).
     Rival(UWSGI_NAME, "uwsgi", (*UWSGI, "--http-socket", "127.0.0.1:PORT"), (CLOSE,)),
-    Rival("uWSGI, http11-socket", "uwsgi", (*UWSGI, "--http11-socket", "127.0.0.1:PORT"), (KEEP,)),
+    Rival("uWSGI, router", "uwsgi", (*UWSGI, "--http", "127.0.0.1:PORT", "--http-keepalive", "1"), (KEEP,)),
     Rival(GRANIAN_NAME, "granian", (*GRANIAN, "--interface", "wsgi", "web_app:wsgi")),
     Rival("gunicorn sync", "gunicorn", (*GUNICORN, "web_app:wsgi"), (CLOSE,)),
     Rival("gunicorn gthread", "gunicorn", (*GUNICORN, "--threads", "4", "web_app:wsgi")),
@@ -125,9 +129,35 @@ GOALS = (
 )
 
 
+def drain(server: Server, count: int) -> float:
+    """CPU nanoseconds a connection: *count* complete requests are queued, then the stopped server goes on alone."""
+    clients, finished = [], select.poll()
+    request = (
+        f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUser-Agent: web\r\nConnection: close\r\n\r\n".encode()
+    )
+    try:
+        with server.stopped():
+            for _ in range(count):
+                client = socket.create_connection(("127.0.0.1", server.port))
+                client.sendall(request)
+                clients.append(client)
+                finished.register(client, select.POLLRDHUP)
+            before = server.cpu_ns()
+        server.wait_quiet(lambda: len(finished.poll(0)) == count)
+        used = server.cpu_ns() - before
+        for client in clients:
+            answer = client.recv(8192)
+            if not (answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\n" + BODY)):
+                raise Wrong(f"{server.name}: an answer is wrong: {answer!r}")
+    finally:
+        for client in clients:
+            client.close()
+    return used / count
+
+
 def figures(mode: str, bench: Bench, rivals: list[Rival], client: str) -> Iterator[Row]:
     """CPU and rate of each, and the ratios that there are goals for."""
-    seconds = 0.5 if bench.quick else 1.0
+    seconds = 0.4 if bench.quick else 1.0
     rates: dict[str, list[float]] = {}
 
     def visit(server: Server) -> float:
@@ -137,7 +167,8 @@ def figures(mode: str, bench: Bench, rivals: list[Rival], client: str) -> Iterat
         ) as run:
             result = run()
         rates.setdefault(server.name, []).append(result.rate)
-        return (server.cpu_ns() - before) / result.good
+        used = (server.cpu_ns() - before) / result.good
+        return drain(server, 400) if mode == CLOSE else used
 
     measured = [rival for rival in rivals if mode in rival.modes]
     samples = in_turn(bench, [rival.server for rival in measured], 3 if bench.quick else 5, visit)

@@ -64,6 +64,8 @@ class PollingWorker(Limits, Worker):
         self._clock = Clock(self.SERVER)
         self._idle = self.options.keepalive_timeout
         self._tick = min(self.TICK, max(0.02, self._idle / 4)) if self._idle else self.TICK
+        # How long a connection may be in a phase.
+        self._patience = {IDLE: self._idle, HEAD: self.HEAD_TIMEOUT, BODY: self.BODY_TIMEOUT, LINGER: self.LINGER}
         self._tick_at = 0.0
         self._taken = 0
         self._crowded = False  # whether more than one was found waiting the last time
@@ -122,7 +124,7 @@ class PollingWorker(Limits, Worker):
                 self._counts.wait_for(lambda: self._busy < threads, tick)
         if watched and (now := monotonic()) >= self._tick_at:
             self._tick_at = now + tick
-            for connection in [one for one in list(connections.values()) if one.deadline <= now]:
+            for connection in [one for one in self._waiting() if one.deadline <= now]:
                 self._expire(connection)
             if self._resume_at <= now and (len(connections) < self.options.max_connections or self._close_idle()):
                 self._resume_at = NEVER
@@ -187,11 +189,13 @@ class PollingWorker(Limits, Worker):
         One that was active a moment ago may have sent its next request: it has a moment more.
         """
         self._tick, self._tick_at = _LEAVING_TICK, 0.0
-        for one in self._connections.values():
-            if one.phase == IDLE:
-                one.deadline += self.LAST_WORD - self._idle if one.served else self.FIRST_WORD - self.HEAD_TIMEOUT
-            elif one.phase == LINGER:
-                one.deadline += self.LAST_WORD - self.LINGER
+        with self._counts:
+            for one in self._connections.values():
+                if one.phase == IDLE:
+                    one.deadline += self.LAST_WORD - self._idle if one.served else self.FIRST_WORD - self.HEAD_TIMEOUT
+                elif one.phase == LINGER:
+                    one.deadline += self.LAST_WORD - self.LINGER
+            self._patience |= {IDLE: self.LAST_WORD, LINGER: self.LAST_WORD}
         self._wait_out()
         with self._counts:
             self._counts.wait_for(lambda: not self._handed)
@@ -199,7 +203,7 @@ class PollingWorker(Limits, Worker):
         self._wait_out()
 
     def _wait_out(self) -> None:
-        while any(one.deadline < NEVER for one in list(self._connections.values())):
+        while self._waiting():
             self._turn()
 
     # -- a connection that waits -----------------------------------------------------------------------------------
@@ -233,7 +237,7 @@ class PollingWorker(Limits, Worker):
             if connection.phase == IDLE:
                 connection.phase = HEAD
                 if connection.served:
-                    connection.deadline = monotonic() + self.HEAD_TIMEOUT
+                    connection.deadline = monotonic() + self._patience[HEAD]
             connection.feed(data)
             self._go_on(connection)
 
@@ -248,19 +252,19 @@ class PollingWorker(Limits, Worker):
         elif connection.fault:
             self.turn_away(connection, connection.fault)
         else:
-            if requests and connection.phase == HEAD:
-                connection.phase, connection.deadline = BODY, monotonic() + self.BODY_TIMEOUT
-            self.park(connection)
+            self.park(connection, BODY if requests and connection.phase == HEAD else None)
 
-    def park(self, connection: Connection) -> None:
-        """Wait for more of it. With threads, each only once: then it belongs to whoever serves it."""
+    def park(self, connection: Connection, phase: int | None = None) -> None:
+        """Wait for more of it: in a new phase, with its time, or (None) as before."""
+        if self._threads > 1:
+            self._give_back(connection, phase)
+            return
+        if phase is not None:
+            connection.phase, connection.deadline = phase, monotonic() + self._patience[phase]
         if not connection.parked:
             connection.parked = True
             self._connections[connection.fd] = connection
-            events = select.EPOLLIN if self._threads == 1 else select.EPOLLIN | select.EPOLLONESHOT
-            self._epoll.register(connection.fd, events)
-        elif self._threads > 1:
-            self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLONESHOT)
+            self._epoll.register(connection.fd, select.EPOLLIN)
 
     def _expire(self, connection: Connection) -> None:
         """Its time is over, unless something has come that was not looked at yet."""
@@ -281,7 +285,7 @@ class PollingWorker(Limits, Worker):
 
     def _close_idle(self) -> bool:
         """Let go of a part of those that idle, the longest idle first. Whether there is room now."""
-        idle = [one for one in list(self._connections.values()) if one.phase == IDLE and one.deadline < NEVER]
+        idle = [one for one in self._waiting() if one.phase == IDLE]
         for one in heapq.nsmallest(1 + len(idle) // 16, idle, key=lambda one: one.deadline):
             self._expire(one)
         return len(self._connections) < self.options.max_connections
@@ -297,14 +301,12 @@ class PollingWorker(Limits, Worker):
 
         A close with unread input would reset the connection, and the client might lose the answer.
         """
-        connection.phase = LINGER
-        connection.deadline = monotonic() + (self.LAST_WORD if self.draining else self.LINGER)
         try:
             connection.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self.close(connection)
         else:
-            self.park(connection)
+            self.park(connection, LINGER)
 
     def close(self, connection: Connection) -> None:
         if connection.parked:
@@ -317,6 +319,27 @@ class PollingWorker(Limits, Worker):
         connection.close()
 
     # -- threads ---------------------------------------------------------------------------------------------------
+
+    def _give_back(self, connection: Connection, phase: int | None) -> None:
+        """From the thread that had it to the main thread: with one step, for its deadline is what says whose it is.
+
+        An event is reported once. Then it belongs to whoever serves it, until it is given back.
+        """
+        events = select.EPOLLIN | select.EPOLLONESHOT
+        with self._counts:
+            if phase is not None:
+                connection.phase, connection.deadline = phase, monotonic() + self._patience[phase]
+            if connection.parked:
+                self._epoll.modify(connection.fd, events)
+            else:
+                connection.parked = True
+                self._connections[connection.fd] = connection
+                self._epoll.register(connection.fd, events)
+
+    def _waiting(self) -> list[Connection]:
+        """Those that nobody serves."""
+        with self._counts:
+            return [one for one in self._connections.values() if one.deadline < NEVER]
 
     def _hand_over(self, connection: Connection) -> None:
         connection.deadline, connection.handed = NEVER, True

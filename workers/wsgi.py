@@ -12,7 +12,6 @@ import struct
 import sys
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
-from time import monotonic
 from typing import Any
 
 import prefork.workers.chain as chain
@@ -21,7 +20,7 @@ from prefork.workers.base import Seat
 
 try:
     from prefork.workers.access import AccessLog
-    from prefork.workers.http import HEAD, IDLE, READ, Body, Connection, Request, Site
+    from prefork.workers.http import BODY, HEAD, IDLE, READ, Body, Connection, Request, Site
     from prefork.workers.polling import PollingWorker
     from prefork.workers.response import FileWrapper, Gone, Response
 except ModuleNotFoundError as error:
@@ -102,14 +101,10 @@ class WSGIWorker(PollingWorker):
             if not response.keep:
                 return
             del requests[0]
-        if not requests:
-            connection.phase = HEAD if connection.midway else IDLE
-            patience = self.LAST_WORD if self.draining else self._idle
-            connection.deadline = monotonic() + (self.HEAD_TIMEOUT if connection.midway else patience)
         if connection.fault:
             self.turn_away(connection, connection.fault)
         else:
-            self.park(connection)
+            self.park(connection, BODY if requests else HEAD if connection.midway else IDLE)
 
     def _answer(self, connection: Connection, request: Request, response: Response) -> None:
         if request.complete:
