@@ -135,7 +135,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s[%(process)d] %(levelname)s: %(message)s")
     logging.getLogger("mail.log").setLevel(logging.ERROR)  # aiosmtpd's, which tells every line of every dialogue
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 9013
-    with MailServer(("127.0.0.1", port), Dialogue) as server:  # type: ignore[arg-type]
+    with MailServer(("127.0.0.1", port), Dialogue) as server:
         server.directory = os.path.abspath(sys.argv[2] if len(sys.argv) > 2 else "mail")
         mailbox.Maildir(server.directory)  # made once, here: workers that boot together would be in each other's way
         server.serve_forever()

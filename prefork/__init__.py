@@ -56,7 +56,7 @@ __all__ = [
     "serve",
 ]
 
-# Imported when they are asked for: what they stand on costs up to 50 ms, and memory in every worker without a use for it.
+# Imported when they are asked for: what they stand on costs up to 50 ms, and memory.
 _LATER = {
     "ASGIWorker": "prefork.workers.asgi",
     "AsyncDatagramRequestHandler": "prefork.workers.coroutines",

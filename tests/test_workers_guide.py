@@ -80,7 +80,9 @@ def test_surface_is_whole() -> None:
     assert tables
     cells = re.findall(r"^\| ([^|]*`[^|]*) \|", tables[1], re.MULTILINE)
     named = {name for cell in cells for name in re.findall(r"`(?:with )?(\w+)", cell)}
-    public = {name for name in [*vars(Base), "servers", "server", "slot", "generation", "options", "draining"]}
+    public = {
+        name for name in [*vars(Base), "servers", "server", "slot", "generation", "options", "draining", "quitting"]
+    }
     assert named == {name for name in public if not name.startswith("_")} - {"live"}
     assert Base is Worker
 

@@ -185,8 +185,8 @@ class Worker:
     To be read
     ----------
     servers, server (the first of them), slot (a stable small number, unique among live workers), generation, options,
-    draining, quitting (draining, and in a hurry), pool_drains, acceptor (for a loop that waits for more than listeners),
-    drain_fd (for any wait)
+    draining, quitting (draining, and in a hurry), pool_drains, drain_fd (for any wait), acceptor (for a loop that waits
+    for more than listeners)
 
     Inherited by the fork: everything the master held before it, apart from its threads and its own descriptors. A
     connection to a database that was opened before the fork is shared with the siblings, and breaks: open it in

@@ -57,7 +57,7 @@ class PollingWorker(Limits, Worker):
     def __init__(self, servers: Sequence[Any], seat: Seat) -> None:
         # Not in setup(), which belongs to subclasses.
         super().__init__(servers, seat)
-        self._threads = self.options.threads or 1
+        self.threads = self.options.threads or 1
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sites = {server: self.site(server) for server in self.servers}
         self._connections: dict[int, Connection] = {}  # those that wait, by descriptor
@@ -76,8 +76,8 @@ class PollingWorker(Limits, Worker):
         # With threads.
         self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._counts = threading.Condition()
-        self._busy = 0  # of the threads, and what waits for one
-        self._handed = 0  # of these, how many were not begun
+        self._at_work = 0  # of the threads, and what waits for one
+        self._queued = 0  # of these, how many were not begun
 
     def _has_forked(self) -> None:
         self._forked = True
@@ -92,8 +92,8 @@ class PollingWorker(Limits, Worker):
         with select.epoll() as self._epoll:
             self._epoll.register(self._wake_read, select.EPOLLIN)
             acceptor.poll_with(self._epoll)
-            if self._threads > 1:
-                for number in range(self._threads):
+            if self.threads > 1:
+                for number in range(self.threads):
                     threading.Thread(target=self._serve_queue, name=f"wsgi-{number}", daemon=True).start()
             while not self.draining:
                 self._turn()
@@ -106,9 +106,9 @@ class PollingWorker(Limits, Worker):
 
     def _turn(self) -> None:
         """Wait for whatever comes, and serve it."""
-        connections, threads = self._connections, self._threads
-        room = _BATCH if threads == 1 else threads - self._busy
-        watched = bool(connections or self._busy or self._resume_at < NEVER)
+        connections, threads = self._connections, self.threads
+        room = _BATCH if threads == 1 else threads - self._at_work
+        watched = bool(connections or self._at_work or self._resume_at < NEVER)
         tick = self._tick if self._resume_at == NEVER else PAUSE
         if room > 0:
             for fd, _ in self._epoll.poll(tick if watched else -1, room):
@@ -121,7 +121,7 @@ class PollingWorker(Limits, Worker):
                     os.read(fd, 64)
         else:
             with self._counts:
-                self._counts.wait_for(lambda: self._busy < threads, tick)
+                self._counts.wait_for(lambda: self._at_work < threads, tick)
         if watched and (now := monotonic()) >= self._tick_at:
             self._tick_at = now + tick
             for connection in [one for one in self._waiting() if one.deadline <= now]:
@@ -198,7 +198,7 @@ class PollingWorker(Limits, Worker):
             self._patience |= {IDLE: self.LAST_WORD, LINGER: self.LAST_WORD}
         self._wait_out()
         with self._counts:
-            self._counts.wait_for(lambda: not self._handed)
+            self._counts.wait_for(lambda: not self._queued)
         self.finish()
         self._wait_out()
 
@@ -245,7 +245,7 @@ class PollingWorker(Limits, Worker):
         """Serve it, hand it over, or wait on: as much as has come of it allows."""
         requests = connection.requests
         if requests and (requests[0].complete or requests[0].early):
-            if self._threads == 1:
+            if self.threads == 1:
                 self.serve(connection)
             else:
                 self._hand_over(connection)
@@ -256,7 +256,7 @@ class PollingWorker(Limits, Worker):
 
     def park(self, connection: Connection, phase: int | None = None) -> None:
         """Wait for more of it: in a new phase, with its time, or (None) as before."""
-        if self._threads > 1:
+        if self.threads > 1:
             self._give_back(connection, phase)
             return
         if phase is not None:
@@ -344,8 +344,8 @@ class PollingWorker(Limits, Worker):
     def _hand_over(self, connection: Connection) -> None:
         connection.deadline, connection.handed = NEVER, True
         with self._counts:
-            self._busy += 1
-            self._handed += 1
+            self._at_work += 1
+            self._queued += 1
         self._queue.put(connection)
 
     def _serve_queue(self) -> None:
@@ -358,11 +358,11 @@ class PollingWorker(Limits, Worker):
                 log.exception("worker %d: in a thread", self.slot)
             finally:
                 with self._counts:
-                    self._busy -= 1
+                    self._at_work -= 1
                     self._counts.notify()
 
     def begun(self, connection: Connection) -> None:
         connection.handed = False
         with self._counts:
-            self._handed -= 1
+            self._queued -= 1
             self._counts.notify()

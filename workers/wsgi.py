@@ -70,7 +70,7 @@ class WSGIWorker(PollingWorker):
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": "http",
             "wsgi.errors": sys.stderr,
-            "wsgi.multithread": self._threads > 1,
+            "wsgi.multithread": self.threads > 1,
             "wsgi.multiprocess": True,
             "wsgi.run_once": False,
             "wsgi.file_wrapper": FileWrapper,
