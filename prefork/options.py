@@ -147,7 +147,7 @@ class Settings:
     keepalive_timeout: float = setting(
         5.0,
         float,
-        "wsgi, asgi: close a connection that is idle for so long; 0: after each reply",
+        "wsgi, asgi, BufferedHTTPMixIn: close a connection that is idle for so long; 0: after each reply",
         low=0.0,
         unit="seconds",
     )
