@@ -403,8 +403,10 @@ class Master:
             self._heard(hand)  # what it said before it died comes before its death
         status, memory = exit
         now, pid = time.monotonic(), hand.child.pid
-        requests = self.board.read(hand.slot, now).requests
-        member = self.pool.exited(pid, now, crashed=status != -signal.SIGKILL, served=requests > 0)
+        entry = self.board.read(hand.slot, now)
+        # One that was ended by its first request has taken it: it is no crash loop, the clients set its pace.
+        served = entry.requests > 0 or entry.busy_for > 0
+        member = self.pool.exited(pid, now, crashed=status != -signal.SIGKILL, served=served)
         reason = member.reason or Reason.EXITED
         killed = status is not None and status < 0
         if killed and not (member.killed or member.aborted) and (reason.ordered or reason is Reason.EXITED):

@@ -11,7 +11,7 @@ import pytest
 
 import prefork
 from programs2.scripts import Notes, Start, hold, launch, noted, rest
-from support import patterns, processes, until, within
+from support import Times, ask, patterns, processes, until, within
 
 
 def test_a_process_of_a_handler_is_no_worker(start: Start) -> None:
@@ -319,5 +319,37 @@ def test_a_listener_that_somebody_makes_non_blocking(start: Start, order: signal
     else:
         program.wait_exit()
     within(time.monotonic() - begun, 0.75)  # it was a whole second for each
+    program.stop()
+    program.finish()
+
+
+@pytest.mark.parametrize("order", ["exit 3", "leave 3", "crash"])
+def test_first_requests_that_end_their_worker(start: Start, order: str) -> None:
+    """Each costs one worker, however many come in a row: the next client is answered at once, by the next worker."""
+    program = launch(
+        start,
+        """
+        class Breaks(Handler):
+            def answer(self, order):
+                if order == "crash":
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                return super().answer(order)
+
+        class Pool(prefork.PreforkTCPServer):
+            workers = 2
+
+        with Pool(("127.0.0.1", 0), Breaks) as server:
+            server.serve_forever()
+        """,
+        allow=[patterns.ANYTHING],
+    ).ready()
+    times = Times()
+    for _ in range(30):
+        begun = time.monotonic()
+        with ExitStack() as stack:
+            assert rest(hold(program.address, stack, order)) == b""
+        times.append(time.monotonic() - begun)
+    times.check(0.5, 3.0)  # a back-off would soon be 10 s; how fast a respawn is stands elsewhere
+    ask(program.address)
     program.stop()
     program.finish()
