@@ -19,7 +19,7 @@ Run = Callable[..., Load]
 TCP = "tcp://127.0.0.1:0"
 UNIX = "unix:{run}/socket"
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 def soak(*values: object) -> object:
