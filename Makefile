@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help serve test test-all lint pytest repeat stress soak bench bench-workers clean
+.PHONY: help serve test test-all lint pytest repeat stress soak bench bench-workers bench-web clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make soak      the long tests'
 	@echo 'make bench     the measurements, as one table; ARGS="--quick"'
 	@echo 'make bench-workers  one program on each class of workers, as one table'
+	@echo 'make bench-web  HTTP servers for Python beside the classes wsgi and asgi, as one table'
 	@echo 'make clean     remove what make made'
 
 # -- running it
@@ -103,6 +104,13 @@ bench: $(BUILD)/wheel
 
 bench-workers: $(BUILD)/wheel
 	$(BIN)/python benchmarks/workers.py $(ARGS)
+
+# Other people's servers, in an environment of their own: uWSGI is compiled, and none of them is needed for anything else.
+bench-web: $(BUILD)/wheel
+	test -x $(BUILD)/rivals/bin/python || $(PYTHON) -m venv $(BUILD)/rivals
+	$(BUILD)/rivals/bin/python $(PIP) --force-reinstall --no-deps $(BUILD)/dist/*.whl
+	$(BUILD)/rivals/bin/python $(PIP) 'prefork[wsgi,asgi,uvloop]' granian gunicorn uwsgi uvicorn-worker
+	$(BUILD)/rivals/bin/python benchmarks/web.py $(ARGS)
 
 clean:
 	rm -rf .build .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Measures prefork's worker class `wsgi` beside other HTTP servers for Python, and prints one table.
+"""Measures prefork's worker classes `wsgi` and `asgi` beside other HTTP servers for Python, and prints one table.
 
     python benchmarks/web.py [--quick] [--reps N] [--only NAME ...]
 
@@ -7,9 +7,8 @@ server, from the kernel's clocks, a request: with `close` over a queue of 400 co
 server was stopped, so that nobody else runs; with `keep-alive` under closed-loop clients. The rate is always that under
 the clients, with which the server shares the processors.
 
-All servers of a repetition run at once and are visited in turn; ratios
-are taken between two visits of one round. A server that is not installed is left out, and said so. The exit status is
-always 0.
+All servers of a repetition run at once and are visited in turn; ratios are taken between two visits of one round. A
+server that is not installed is left out, and said so. The exit status is always 0.
 
 (Not `http.py`: a folder of scripts is on the module path, and the standard library has an `http`.)
 """
@@ -105,9 +104,11 @@ UWSGI = (
 )
 GRANIAN = ("granian", "--host", "127.0.0.1", "--port", "PORT", "--workers", WORKERS, "--no-access-log")
 GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "--workers", WORKERS, "--log-level", "warning")
-UVICORN = ("uvicorn", "--port", "PORT", "--workers", WORKERS, "--no-access-log", "--log-level", "warning")
+UVICORN = ("uvicorn", "--port", "PORT", "--workers", WORKERS, "--no-access-log", "--log-level", "warning",
+           "--no-proxy-headers")  # fmt: skip
 
 OURS, UWSGI_NAME, GRANIAN_NAME = "prefork wsgi", "uWSGI", "granian wsgi"
+OUR_ASGI, UVICORN_NAME = "prefork asgi", "uvicorn"
 RIVALS = (
     Rival(OURS, "httptools", (*PREFORK, "--worker-class", "wsgi", "web_app:wsgi")),
     Rival(
@@ -120,12 +121,20 @@ RIVALS = (
     Rival(GRANIAN_NAME, "granian", (*GRANIAN, "--interface", "wsgi", "web_app:wsgi")),
     Rival("gunicorn sync", "gunicorn", (*GUNICORN, "web_app:wsgi"), (CLOSE,)),
     Rival("gunicorn gthread", "gunicorn", (*GUNICORN, "--threads", "4", "web_app:wsgi")),
-    # ASGI: every row that serves `web_app:asgi` joins here.
+    Rival(OUR_ASGI, "uvicorn", (*PREFORK, "--worker-class", "asgi", "web_app:asgi")),
+    Rival(UVICORN_NAME, "uvicorn", (*UVICORN, "web_app:asgi")),
+    Rival(
+        "gunicorn uvicorn_worker", "uvicorn_worker", (*GUNICORN, "-k", "uvicorn_worker.UvicornWorker", "web_app:asgi")
+    ),
+    Rival("gunicorn asgi", "gunicorn", (*GUNICORN, "-k", "asgi", "web_app:asgi")),
+    Rival("granian asgi", "granian", (*GRANIAN, "--interface", "asgi", "web_app:asgi")),
 )
 GOALS = (
-    (CLOSE, UWSGI_NAME, Goal("<=", 1.3, "x")),
-    (CLOSE, GRANIAN_NAME, Goal("<=", 0.6, "x")),
-    (KEEP, GRANIAN_NAME, Goal("<=", 0.4, "x")),
+    (CLOSE, OURS, UWSGI_NAME, Goal("<=", 1.3, "x")),
+    (CLOSE, OURS, GRANIAN_NAME, Goal("<=", 0.6, "x")),
+    (CLOSE, OUR_ASGI, UVICORN_NAME, Goal("<=", 1.1, "x")),
+    (KEEP, OURS, GRANIAN_NAME, Goal("<=", 0.4, "x")),
+    (KEEP, OUR_ASGI, UVICORN_NAME, Goal("<=", 1.1, "x")),
 )
 
 
@@ -176,10 +185,10 @@ def figures(mode: str, bench: Bench, rivals: list[Rival], client: str) -> Iterat
         yield Row(f"{name}: CPU", [median(values) / 1000 for values in repetitions], "us")
     for name in samples:
         yield Row(f"{name}: rate", [median(rates[name])], "/s")
-    for wanted, other, goal in GOALS:
+    for wanted, ours, other, goal in GOALS:
         if wanted == mode:
-            note = "" if other in samples else "not installed"
-            yield Row(f"{OURS} / {other}", ratios(samples, OURS, other), "x", goal, note)
+            note = "" if {ours, other} <= samples.keys() else "not measured"
+            yield Row(f"{ours} / {other}", ratios(samples, ours, other), "x", goal, note)
 
 
 def main() -> None:

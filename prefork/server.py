@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import prefork.lifeline as lifeline
 import prefork.listeners as listeners
 import prefork.workers.chain as chain
+from prefork.errors import OptionError
 from prefork.options import Options, Settings
 from prefork.reports import WorkerExit
-from prefork.service import Service, check, renewed, service_of
+from prefork.service import Service, check, renewed, service_of, worker_class
 from prefork.workers.base import Worker
 from prefork.workers.sync import SyncWorker
 
@@ -157,6 +158,8 @@ class PreforkMixIn(Settings):
         If none comes, `handle_timeout()` is called.
         """
         pool = service_of(self)
+        if worker_class(self.worker_class).application:
+            raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
         options = check([self], SyncWorker)  # which serves single requests, whatever the pool's worker_class is
         pool.reap_singles()
         if self._spent or self._held:

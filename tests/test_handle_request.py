@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from prefork import OptionError, PreforkTCPServer
 from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
 from support import Address, Program, ask, children, dial, elapse, patterns, until
 from support.clients import hear
@@ -316,3 +317,20 @@ def test_a_silent_tls_client(start: Start, notes: Notes, tmp_path: Path, kind: s
                 sock.sendall(b"x\n")
                 assert rest(sock).endswith(b":x:done\n")
     end(program)
+
+
+@pytest.mark.parametrize("kind", ["wsgi", "asgi"])
+def test_an_application_is_refused(kind: str) -> None:
+    """A single request has a handler, not an application: one line says what to call instead."""
+
+    class Site(PreforkTCPServer):
+        worker_class = kind
+
+    def application(environ: object, start_response: object) -> list[bytes]:
+        return []
+
+    with (
+        Site(("127.0.0.1", 0), application) as server,
+        pytest.raises(OptionError, match=r"handle_request\(\).*serve_forever\(\)"),
+    ):
+        server.handle_request()
