@@ -325,9 +325,24 @@ def test_readme_program(start: Start, port: int) -> None:
     assert program.log == ""
 
 
+def test_readme_application(start: Start, port: int) -> None:
+    """The README's application is served."""
+    text = blocks(README, "python")[1]
+    assert text.count("8000") == 1
+    program = start("program", files={"program.py": text.replace("8000", str(port))})
+    program.wait_ready(len(os.sched_getaffinity(0)))
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    for _ in range(2):
+        client.request("GET", "/")
+        assert client.getresponse().read() == b"hello\n"
+    client.close()
+    program.finish()
+    assert program.log == ""
+
+
 def test_readme_worker(start: Start, port: int) -> None:
     """The README's worker class serves, with what its setup() has opened."""
-    text = blocks(README, "python")[1]
+    text = blocks(README, "python")[2]
     rest = f"""
         class Show(prefork.StreamRequestHandler):
             def handle(self):
