@@ -5,7 +5,9 @@
 Programs: `echo` (64 bytes, a connection each), `slow` (the same echo while so many clients send one byte a second and
 never finish), `cpu` (about 3 ms of bytecode a request). Every pool has 2 workers, a `thread` worker 16 threads. The
 latency is that of the 8 fast clients, from connect to the last byte. A row whose fast clients got nothing says so: that
-is a figure too. Linux only; needs a C compiler for the clients. `serve CLASS PROGRAM` is what this file starts itself.
+is a figure too. `wsgi`, with as many threads, serves a hello-world; its slow clients send the head of a request.
+
+Linux only; needs a C compiler for the clients. `serve CLASS PROGRAM` is what this file starts itself.
 """
 
 from __future__ import annotations
@@ -19,19 +21,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import web_app
 from measure import HERE, Server, Tools, Wrong, load, median, raise_descriptor_limit
 from servers import ADDRESS, BACKLOG, LIFE_SECONDS, Echo, Primes, announce, count_primes
 
 WORKERS, THREADS, CLIENTS = 2, 16, 8
-CLASSES = ("sync", "thread", "asyncio")
+CLASSES = ("sync", "thread", "asyncio", "wsgi")
 PROGRAMS = ("echo", "slow", "cpu")
 # How many slow clients: none to spare, one worker's worth, all but two threads, and far more than there are threads.
-SLOW = {"sync": (1, 1000), "thread": (WORKERS * THREADS - 2, 1000), "asyncio": (WORKERS * THREADS - 2, 1000)}
+SLOW = {
+    "sync": (1, 1000),
+    "thread": (WORKERS * THREADS - 2, 1000),
+    "asyncio": (WORKERS * THREADS - 2, 1000),
+    "wsgi": (WORKERS * THREADS - 2, 1000),
+}
 CPU_LIMIT = 3000  # the number whose primes are counted
 
 # ---- the servers
@@ -40,6 +48,8 @@ CPU_LIMIT = 3000  # the number whose primes are counted
 def handler(kind: str, program: str) -> Any:
     import prefork
 
+    if kind == "wsgi":
+        return {"echo": web_app.wsgi, "slow": web_app.wsgi, "cpu": _primes}[program]
     if kind != "asyncio":
         return {"echo": Echo, "cpu": Primes, "slow": _whole(prefork)}[program]
 
@@ -56,6 +66,12 @@ def handler(kind: str, program: str) -> Any:
             self.writer.write(b"%d\n" % count_primes(int(await self.reader.read(64))))
 
     return {"echo": AsyncEcho, "slow": AsyncWhole, "cpu": AsyncPrimes}[program]
+
+
+def _primes(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    body = b"%d\n" % count_primes(CPU_LIMIT)
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    return [body]
 
 
 def _whole(prefork: Any) -> Any:
@@ -85,18 +101,22 @@ def serve(kind: str, program: str) -> None:
 
 @contextmanager
 def slow_clients(port: int, count: int) -> Iterator[None]:
-    """*count* connections that send a byte a second each, spread over the second; who is refused is not asked again."""
+    """*count* connections that send a byte a second each, spread over the second.
+
+    It is the head of a request that never ends, which to a server of echoes is as good as any other bytes.
+    """
+    text = b"GET / HTTP/1.1\r\nX: " + b"x" * 1000
     ended = threading.Event()
     clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
     for client in clients:
         client.setblocking(False)
 
     def send() -> None:
-        while not ended.is_set():
+        for second in range(len(text)):
             for number in range(10):
                 for client in clients[number::10]:
                     with suppress(OSError):
-                        client.send(b"x")
+                        client.send(text[second : second + 1])
                 if ended.wait(0.1):
                     return
 
@@ -126,10 +146,15 @@ def private_bytes(pids: list[int]) -> float:
 
 def row(tools: Tools, kind: str, program: str, slow: int, seconds: float) -> tuple[float, float, float, float]:
     """Rate a second, p99 in ms, CPU microseconds a request, and private MiB a worker."""
-    binary = tools("load")
+    web = kind == "wsgi"
+    binary = tools("web" if web else "load")
     if binary is None:
         raise Wrong("no C compiler")
-    mode = ["echo"] if program != "cpu" else ["fixed", f"{CPU_LIMIT}\n", f"{count_primes(CPU_LIMIT)}\n"]
+    primes = f"{count_primes(CPU_LIMIT)}\n" if program == "cpu" else ""
+    if web:
+        protocol, mode = "close", [primes or web_app.BODY.decode()]
+    else:
+        protocol, mode = "tcp", ["fixed", f"{CPU_LIMIT}\n", primes] if primes else ["echo"]
     command = [sys.executable, str(HERE / "workers.py"), "serve", kind, program]
     with Server(f"{kind} {program}", command, WORKERS) as server:
         server.wait_for_workers()
@@ -137,7 +162,7 @@ def row(tools: Tools, kind: str, program: str, slow: int, seconds: float) -> tup
             if slow:
                 time.sleep(0.5)  # so that the slow ones are served first
             before = server.cpu_ns()
-            with load(binary, server, CLIENTS, seconds, *mode) as result:
+            with load(binary, server, CLIENTS, seconds, *mode, protocol=protocol) as result:
                 seen = result()
             spent = server.cpu_ns() - before
             return seen.rate, seen.p99, spent / 1e3 / seen.good, private_bytes(server.children()) / 1048576
@@ -162,7 +187,8 @@ def table(tools: Tools, repetitions: int, seconds: float) -> Iterator[str]:
             except (Wrong, OSError, subprocess.SubprocessError) as error:
                 failed[case] = str(error)
     for (program, kind, slow), rows in found.items():
-        name = f"{slow} slow clients, echo" if slow else program
+        what = {"echo": "hello", "slow": "hello"}.get(program, program) if kind == "wsgi" else program
+        name = f"{slow} slow clients, {what.replace('slow', 'echo')}" if slow else what
         if (program, kind, slow) in failed:
             yield f"| {name} | {kind} | none: {failed[program, kind, slow]} | | | |"
             continue
