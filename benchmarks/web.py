@@ -98,7 +98,7 @@ UWSGI = (
     WORKERS,
     "--disable-logging",
     "--listen",
-    "100",
+    "1024",
     "--module",
     "web_app:wsgi",
 )
@@ -117,7 +117,7 @@ RIVALS = (
     # http-socket: its workers speak HTTP themselves, one request a connection. Keep-alive takes its router in front
     # (with http11-socket a kept connection holds a worker, and more clients than workers are not served).
     Rival(UWSGI_NAME, "uwsgi", (*UWSGI, "--http-socket", "127.0.0.1:PORT"), (CLOSE,)),
-    Rival("uWSGI, router", "uwsgi", (*UWSGI, "--http", "127.0.0.1:PORT", "--http-keepalive", "1"), (KEEP,)),
+    Rival("uWSGI, router", "uwsgi", (*UWSGI, "--http", "127.0.0.1:PORT", "--http-keepalive=1"), (KEEP,)),
     Rival(GRANIAN_NAME, "granian", (*GRANIAN, "--interface", "wsgi", "web_app:wsgi")),
     Rival("gunicorn sync", "gunicorn", (*GUNICORN, "web_app:wsgi"), (CLOSE,)),
     Rival("gunicorn gthread", "gunicorn", (*GUNICORN, "--threads", "4", "web_app:wsgi")),
@@ -179,7 +179,17 @@ def figures(mode: str, bench: Bench, rivals: list[Rival], client: str) -> Iterat
         used = (server.cpu_ns() - before) / result.good
         return drain(server, 400) if mode == CLOSE else used
 
-    measured = [rival for rival in rivals if mode in rival.modes]
+    measured = []
+    for rival in rivals:
+        if mode in rival.modes:
+            try:
+                with rival.server() as server:
+                    server.wait_for_workers()
+                    visit(server)
+                measured.append(rival)
+            except (Wrong, OSError) as error:
+                yield Row(rival.name, [], note=f"does not serve here: {error}")
+    rates.clear()
     samples = in_turn(bench, [rival.server for rival in measured], 3 if bench.quick else 5, visit)
     for name, repetitions in samples.items():
         yield Row(f"{name}: CPU", [median(values) / 1000 for values in repetitions], "us")
