@@ -3,7 +3,7 @@
     python benchmarks/workers.py [--reps N] [--seconds S]
 
 Programs: `echo` (64 bytes, a connection each), `slow` (the same echo while so many clients send one byte a second and
-never finish), `cpu` (about 3 ms of bytecode a request). Every pool has 2 workers, a `thread` worker 16 threads. The
+never finish), `cpu` (about 1 ms of bytecode a request). Every pool has 2 workers, a `thread` worker 16 threads. The
 latency is that of the 8 fast clients, from connect to the last byte. A row whose fast clients got nothing says so: that
 is a figure too. `wsgi`, with as many threads, serves a hello-world; its slow clients send the head of a request.
 
