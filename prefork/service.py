@@ -84,6 +84,8 @@ def worker_class(wanted: object) -> type[Worker]:
             found = importlib.import_module(module)
             for part in name.split("."):
                 found = getattr(found, part)
+        except OptionError:
+            raise  # a class that says by itself what it needs
         except (ImportError, AttributeError) as error:
             raise OptionError(f"worker_class: {wanted!r} cannot be imported: {error}") from error
         except Exception as error:  # whatever a stranger's module does when it is imported; in one line

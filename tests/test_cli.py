@@ -383,6 +383,23 @@ def test_no_worker_gets_ready(tmp_path: Path) -> None:
     assert "prefork: error: no worker became ready" in err and "ValueError: ordered trouble" in err
 
 
+@pytest.mark.parametrize(("kind", "library"), [("wsgi", "httptools"), ("asgi", "uvicorn")])
+def test_a_library_that_is_not_there(tmp_path: Path, kind: str, library: str) -> None:
+    """A worker class whose library is not installed: exit code 2, and one line that says what to install."""
+    app = f"""
+        import sys
+        sys.modules[{library!r}] = None
+        application = print
+        from prefork.service import worker_class
+        Kind = worker_class({kind!r})
+    """
+    arguments = ("app:application", "-b", TCP, "--worker-class", "app:Kind")
+    code, _, err = run(tmp_path, *arguments, app=textwrap.dedent(app))
+    assert code == 2, err
+    line = complaint(err)
+    assert library in line and f"pip install 'prefork[{kind}]'" in line and line.count("worker_class") == 1
+
+
 def test_address_in_use(tmp_path: Path) -> None:
     """An address that somebody listens on: exit code 1, and one line that names it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
