@@ -1,7 +1,9 @@
 """Fixtures of the integration tests: programs and loads that are checked, shown on failure, and never left behind."""
 
 import random
+import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -148,3 +150,17 @@ def example(start: Callable[..., Program]) -> Callable[..., Program]:
         return program
 
     return begin
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and localhost that signs itself, and its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the openssl command to make a certificate")
+    made, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", key, "-out", made],
+        check=True, capture_output=True, timeout=30,
+    )  # fmt: skip
+    return made, key

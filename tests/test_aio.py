@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import os
 import resource
-import shutil
 import signal
 import socketserver
 import ssl
@@ -622,27 +621,21 @@ def test_a_setup_that_fails_is_a_boot_failure(start: Start, notes: Notes) -> Non
 
 
 @both_loops
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command to make a certificate")
-def test_tls(start: Start, notes: Notes, tmp_path: Path, loop: str) -> None:
+def test_tls(start: Start, notes: Notes, certificate: tuple[Path, Path], loop: str) -> None:
     """A listener wrapped in TLS serves; silent and foreign clients hold nobody; a stop loses nobody."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
+    cert, key = certificate
     serve = f"""
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain({str(certificate)!r}, {str(key)!r})
+    context.load_cert_chain({str(cert)!r}, {str(key)!r})
     with make(KIND, **SETTINGS) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         server.serve_forever()
     """
     text = textwrap.dedent(serve)
     program = begin(start, loop, serve=text, workers=1, request_timeout=2.0)
-    context = ssl.create_default_context(cafile=str(certificate))
+    context = ssl.create_default_context(cafile=str(cert))
 
     def secure(stack: ExitStack) -> ssl.SSLSocket:
         sock = stack.enter_context(dial(program.address))

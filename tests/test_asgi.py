@@ -4,12 +4,10 @@ worker leaves, whatever is in hand, at rest, or on its way."""
 import contextlib
 import http.client
 import re
-import shutil
 import signal
 import socket
 import socketserver
 import ssl
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -400,28 +398,21 @@ def test_unix(start: Start) -> None:
     program.finish()
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command to make a certificate")
-def test_tls(start: Start, tmp_path: Path) -> None:
+def test_tls(start: Start, certificate: tuple[Path, Path]) -> None:
     """A TLS listener is served; a client that is silent in the handshake holds up nobody."""
-    key, certificate = tmp_path / "key", tmp_path / "certificate"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out",
-         str(certificate)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    cert, key = certificate
     body = f"""
 import ssl
 
 with Pool(("127.0.0.1", 0), app) as server:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain({str(certificate)!r}, {str(key)!r})
+    context.load_cert_chain({str(cert)!r}, {str(key)!r})
     server.socket = context.wrap_socket(server.socket, server_side=True)
     server.workers = 1
     server.serve_forever()
 """
     program = launch(start, PROGRAM + body).ready()
-    context = ssl.create_default_context(cafile=str(certificate))
+    context = ssl.create_default_context(cafile=str(cert))
     with dial(program.address), contextlib.closing(Client(program.address)) as client:
         client.sock = context.wrap_socket(dial(program.address), server_hostname="localhost")
         assert client.get("/client").endswith("https")

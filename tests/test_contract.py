@@ -6,13 +6,11 @@ The programs are a few lines each and stand in their tests. They are real proces
 import contextlib
 import http.client
 import os
-import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import struct
-import subprocess
 import xmlrpc.client
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -590,15 +588,9 @@ def test_handler_that_raises_costs_nothing(start: Start, kind: str) -> None:
 # -- TLS -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command to make a certificate")
-def test_tls_listener(start: Start, tmp_path: Path, notes: Notes) -> None:
+def test_tls_listener(start: Start, certificate: tuple[Path, Path], notes: Notes) -> None:
     """A listener wrapped in TLS serves, survives clients that speak no TLS, and loses nobody in a stop."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
+    cert, key = certificate
     program = launch(
         start,
         f"""
@@ -608,14 +600,14 @@ def test_tls_listener(start: Start, tmp_path: Path, notes: Notes) -> None:
             workers = 2
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain({str(certificate)!r}, {str(key)!r})
+        context.load_cert_chain({str(cert)!r}, {str(key)!r})
         with Server(("127.0.0.1", 0), Handler) as server:
             server.socket = context.wrap_socket(server.socket, server_side=True)
             server.serve_forever()
         """,
     ).ready()
     workers = program.wait_ready(2)
-    context = ssl.create_default_context(cafile=str(certificate))
+    context = ssl.create_default_context(cafile=str(cert))
 
     def secure(stack: ExitStack) -> ssl.SSLSocket:
         sock = stack.enter_context(dial(program.address))

@@ -1,10 +1,8 @@
 """handle_request() without a running pool: one request, one worker, and the caller goes on."""
 
 import contextlib
-import shutil
 import signal
 import ssl
-import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -289,27 +287,21 @@ def test_a_late_single_request(start: Start, notes: Notes) -> None:
     end(program)
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command to make a certificate")
 @pytest.mark.parametrize("kind", ["tcp", "threads"])
-def test_a_silent_tls_client(start: Start, notes: Notes, tmp_path: Path, kind: str) -> None:
+def test_a_silent_tls_client(start: Start, notes: Notes, certificate: tuple[Path, Path], kind: str) -> None:
     """The handshake is the worker's: a client that is silent in it does not keep the caller, nor the next client."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
+    cert, key = certificate
     extra = f"""timeout = 0.1
 
     def server_activate(self):
         super().server_activate()
         import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain({str(certificate)!r}, {str(key)!r})
+        context.load_cert_chain({str(cert)!r}, {str(key)!r})
         self.socket = context.wrap_socket(self.socket, server_side=True)
 """
     program = begin(start, *KINDS[kind], extra=extra)
-    context = ssl.create_default_context(cafile=str(certificate))
+    context = ssl.create_default_context(cafile=str(cert))
     with dial(program.address):
         noted(notes, "returned")
         for _ in range(3):

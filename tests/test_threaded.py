@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
 import ssl
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -259,20 +257,14 @@ def test_kinds(start: Start, notes: Notes, kind: str) -> None:
     program.finish()
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command to make a certificate")
-def test_tls(start: Start, notes: Notes, tmp_path: Path) -> None:
+def test_tls(start: Start, notes: Notes, certificate: tuple[Path, Path]) -> None:
     """With a TLS listener the handshake is a thread's: clients that do not shake hands hold nobody up, until their
     deadline has the worker replaced."""
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
+    cert, key = certificate
     wrap = f"""
 import ssl
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain({str(certificate)!r}, {str(key)!r})
+context.load_cert_chain({str(cert)!r}, {str(key)!r})
 
 class Secure(Reporting, socketserver.TCPServer):
     def server_activate(self):
@@ -280,7 +272,7 @@ class Secure(Reporting, socketserver.TCPServer):
         self.socket = context.wrap_socket(self.socket, server_side=True)
 """
     program = pool(start, "worker_class = 'thread'", "request_timeout = 1.0", bases="Secure", before=wrap)
-    context = ssl.create_default_context(cafile=str(certificate))
+    context = ssl.create_default_context(cafile=str(cert))
 
     def secure(stack: ExitStack) -> ssl.SSLSocket:
         sock = stack.enter_context(dial(program.address))

@@ -1,7 +1,6 @@
 """docs/workers.md, read as a reader would: every program in it runs and does what the text around it says."""
 
 import ast
-import importlib.util
 import re
 import signal
 import socket
@@ -13,8 +12,6 @@ import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-
-import pytest
 
 import prefork.service
 from prefork import Worker
@@ -237,10 +234,6 @@ def test_short_name(start: Start, port: int, tmp_path: Path) -> None:
     program.finish()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("prefork.testing") is None and not (ROOT / "prefork" / "testing.py").exists(),
-    reason="this version has no prefork.testing",
-)
 def test_testing(tmp_path: Path) -> None:
     """The guide's test passes in a pytest of its own."""
     (tmp_path / "test_mine.py").write_text(block("Shout"))
