@@ -184,7 +184,7 @@ class Pool:
         victim = self._worker(pid)
         self.allow(rf"\(pid {victim.pid}, ")
         victim.kill()
-        self._until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, "the worker is dead")
+        self._until(lambda: _status(victim) in (None, psutil.STATUS_ZOMBIE), "the worker is dead")
         return victim.pid
 
     def hang_worker(self, pid: int | None = None) -> int:
@@ -193,7 +193,7 @@ class Pool:
         self.allow(rf"\(pid {victim.pid}[,)]")
         victim.suspend()
         self._hung.add(victim.pid)
-        self._until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_STOPPED, "the worker hangs")
+        self._until(lambda: _status(victim) in (None, psutil.STATUS_STOPPED), "the worker hangs")
         return victim.pid
 
     def resume_worker(self, pid: int) -> None:
@@ -315,6 +315,14 @@ class Pool:
                 return answer
             assert not late, f"not within {self.timeout:g} s: {what}"
             time.sleep(0.005)
+
+
+def _status(process: psutil.Process) -> str | None:
+    """None once it was reaped, which may happen between any two looks at it."""
+    try:
+        return process.status() if process.is_running() else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _is_ready(worker: psutil.Process) -> bool:

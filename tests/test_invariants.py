@@ -6,6 +6,7 @@ machine that runs this may be busy with something else.
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -1080,4 +1081,19 @@ def test_invariant_12_library_workers_do_not_block(start: Start, ledger: Ledger)
     finally:
         os.close(reader)
         os.close(writer)
+    program.finish()
+
+
+def test_invariant_05_all_signals_pending(start: Start, ledger: Ledger) -> None:
+    """All that a master obeys, pending at one moment under faulthandler, overflows no stack: it stops in good order."""
+    program = start("pool.py", TCP, "--workers", 1, env={"PYTHONFAULTHANDLER": "1"}).ready()
+    # TTIN and TTOU would be discarded by the CONT.
+    obeyed = [signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT, signal.SIGTERM, signal.SIGINT]
+    program.send(signal.SIGSTOP)
+    until(lambda: state(program.pid) == "T", what="it is stopped")
+    for number in (*obeyed, signal.SIGWINCH, signal.SIGCHLD):
+        program.send(number)
+    program.send(signal.SIGCONT)
+    assert program.wait_exit().code == 0
+    assert sorted(re.findall(r": (SIG\w+)$", program.log, re.MULTILINE)) == sorted(one.name for one in obeyed)
     program.finish()
