@@ -1,6 +1,8 @@
 """The shipped worker for any `socketserver` server: one request at a time, the accept loop of the process."""
 
+import socket
 import socketserver
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -28,9 +30,9 @@ class SyncWorker(Worker):
 
     def _serve_one(self, server: socketserver.BaseServer, take: Take) -> None:
         """The hot path. Everything it needs is a local name; each line here was measured."""
-        verify, process, shutdown = server.verify_request, server.process_request, server.shutdown_request
-        if _nothing_to_shut(server):
-            process = server.finish_request
+        shutdown = server.shutdown_request
+        verify = None if _stock(server, _VERIFIES_NOTHING) else server.verify_request
+        process = _shortest(server)
         ints, floats = self._board.ints, self._board.floats
         since, due, count_at, spent = (
             scoreboard.BUSY_SINCE,
@@ -62,7 +64,7 @@ class SyncWorker(Worker):
             try:
                 if timeout:
                     floats[due] = start + timeout
-                if verify(request, peer):
+                if verify is None or verify(request, peer):
                     process(request, peer)
                 else:
                     shutdown(request)
@@ -83,11 +85,42 @@ class SyncWorker(Worker):
                 self._look(count, end)
 
 
-def _nothing_to_shut(server: Any) -> bool:
-    """Whether all that follows a datagram's `finish_request` does nothing."""
-    stock = {
-        "process_request": socketserver.BaseServer.process_request,
-        "shutdown_request": socketserver.UDPServer.shutdown_request,
-        "close_request": socketserver.UDPServer.close_request,
-    }
-    return all(name not in vars(server) and getattr(type(server), name) is was for name, was in stock.items())
+_VERIFIES_NOTHING = {"verify_request": socketserver.BaseServer.verify_request}
+_CHAIN = {
+    "process_request": socketserver.BaseServer.process_request,
+    "finish_request": socketserver.BaseServer.finish_request,
+}
+_STREAM = _CHAIN | {
+    "shutdown_request": socketserver.TCPServer.shutdown_request,
+    "close_request": socketserver.TCPServer.close_request,
+}
+_DATAGRAM = _CHAIN | {
+    "shutdown_request": socketserver.UDPServer.shutdown_request,
+    "close_request": socketserver.UDPServer.close_request,
+}
+
+
+def _shortest(server: Any) -> Callable[[Any, Any], object]:
+    """The cheapest call that does what the server's `process_request()` does: of the stock chain a connection passes
+    through four methods, which is 2 % of what it costs, and a datagram through four that do nothing."""
+    if _stock(server, _DATAGRAM):
+        return lambda request, peer: server.RequestHandlerClass(request, peer, server)
+    if not _stock(server, _STREAM):
+        process: Callable[[Any, Any], object] = server.process_request
+        return process
+    end_of_stream = socket.SHUT_WR
+
+    def serve(request: Any, peer: Any) -> None:
+        server.RequestHandlerClass(request, peer, server)
+        try:  # noqa: SIM105  a context manager is dearer than the call
+            request.shutdown(end_of_stream)
+        except OSError:
+            pass
+        request.close()
+
+    return serve
+
+
+def _stock(server: Any, methods: dict[str, Any]) -> bool:
+    """Whether these of the server's methods are socketserver's own."""
+    return all(name not in vars(server) and getattr(type(server), name) is was for name, was in methods.items())
