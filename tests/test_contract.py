@@ -468,6 +468,37 @@ def test_the_chain_is_overridable(start: Start, notes: Notes) -> None:
     program.finish()
 
 
+ONE_LINK = """
+    NAME, WHERE = sys.argv[1:]
+
+    def noting(server, *arguments):
+        note(f"{NAME} {os.getpid()}")
+        return getattr(socketserver.TCPServer, NAME)(server, *arguments)
+
+    class Server(prefork.PreforkTCPServer):
+        workers = 1
+        if WHERE == "class":
+            locals()[NAME] = noting
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        if WHERE == "server":
+            setattr(server, NAME, noting.__get__(server))
+        server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("where", ["class", "server"])
+@pytest.mark.parametrize("name", LINKS)
+def test_one_link_is_overridable(start: Start, notes: Notes, name: str, where: str) -> None:
+    """A link that alone is overridden, on the class or on the server, runs once a request as well."""
+    program = launch(start, ONE_LINK, name, where).ready()
+    (worker,) = program.wait_ready(1)
+    for _ in range(3):
+        assert ask(program.address).pid == worker
+    until(lambda: notes(name) == [str(worker)] * 3)
+    program.finish()
+
+
 def test_handle_error_sees_exceptions_only(start: Start, notes: Notes) -> None:
     """An Exception is for handle_error and costs nothing; SystemExit and KeyboardInterrupt pass it by, and cost the
     worker."""
