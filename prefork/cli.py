@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 import prefork.listeners as listeners
 import prefork.master as master
 import prefork.stderr as stderr
-import prefork.workers.base as base
+import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.options import Options, Setting, declared
 from prefork.program import Bind, Program
 from prefork.reports import WorkerExit
 from prefork.states import Stop
-from prefork.workers.base import Seat
+from prefork.workers.child import Seat
 
 log = logging.getLogger("prefork")
 
@@ -89,9 +89,9 @@ def _run(program: Program, options: Options) -> int:
 
     def start(seat: Seat, unblock: Callable[[], None]) -> int:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
-        return base.main(seat, program.worker, unblock)
+        return child.main(seat, program.worker, unblock)
 
-    base.set_title(f"prefork: master {program.target} {' '.join(names)}")
+    child.set_title(f"prefork: master {program.target} {' '.join(names)}")
     running = master.Master(
         sockets,
         options,

@@ -12,7 +12,7 @@ import prefork.processes as processes
 from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Scoreboard
-from prefork.workers.base import Seat
+from prefork.workers.child import Seat
 
 log = logging.getLogger("prefork")
 

@@ -28,7 +28,7 @@ from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Scoreboard
 from prefork.states import Phase, State, Stop
-from prefork.workers.base import INTERRUPT, prepare, reopen_logs
+from prefork.workers.child import INTERRUPT, prepare, reopen_logs
 
 log = logging.getLogger("prefork")
 

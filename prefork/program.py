@@ -27,7 +27,8 @@ import prefork.workers.chain as chain
 from prefork.errors import OptionError, ProgramError
 from prefork.options import Options, declared
 from prefork.scout import Scout, own_traceback
-from prefork.workers.base import Seat, Worker
+from prefork.workers.base import Worker
+from prefork.workers.child import Seat
 
 
 @dataclass(frozen=True, slots=True)

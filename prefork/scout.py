@@ -23,7 +23,7 @@ import prefork.lifeline as lifeline
 import prefork.processes as processes
 import prefork.stderr as stderr
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.workers.base import set_title
+from prefork.workers.child import set_title
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
 

@@ -20,13 +20,14 @@ import prefork.listeners as listeners
 import prefork.master as master
 import prefork.scoreboard as scoreboard
 import prefork.stderr as stderr
-import prefork.workers.base as base
 import prefork.workers.chain as chain
+import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError
 from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
 from prefork.states import Stop
-from prefork.workers.base import Seat, Worker
+from prefork.workers.base import Worker
+from prefork.workers.child import Seat
 from prefork.workers.sync import SyncWorker
 
 log = logging.getLogger("prefork")
@@ -203,7 +204,7 @@ class Service:
             log.info("listening on %s", listeners.describe(server.socket))
 
         def start(seat: Seat, unblock: Callable[[], None]) -> int:
-            return base.main(seat, lambda seat: seated(kind, servers, seat), unblock)
+            return child.main(seat, lambda seat: seated(kind, servers, seat), unblock)
 
         hooks = Hooks(servers)
         title = " ".join(listeners.describe(server.socket) for server in servers)
@@ -264,7 +265,7 @@ class Service:
         slot = next(n for n in range(options.workers) if n not in used)
 
         def start(seat: Seat, unblock: Callable[[], None]) -> int:
-            return base.main(seat, lambda seat: _single(server, seat, request, peer), unblock)
+            return child.main(seat, lambda seat: _single(server, seat, request, peer), unblock)
 
         try:
             hand = crew.launch(self._board, slot, 0, options, listeners.describe(server.socket), start)

@@ -18,8 +18,9 @@ FLOORS = (
     {"errors", "options", "states", "reports"},
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
-    {"workers", "workers.accept", "workers.chain", "workers.base", "workers.sync", "workers.gate", "workers.coroutines"}
-    | {"workers.threaded", "workers.aio", "workers.wsgi", "workers.asgi", "workers.site"}
+    {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
+    | {"workers.sync", "workers.threaded", "workers.gate", "workers.coroutines", "workers.aio"}
+    | {"workers.wsgi", "workers.asgi", "workers.site"}
     | {"workers.http", "workers.response", "workers.access", "workers.polling"},
     {"crew", "master"},
     {"service", "server", "http"},
@@ -30,9 +31,8 @@ TOP = len(FLOORS) - 1
 FLOOR["__init__"] = TOP  # the face: sees every floor under the top, and nobody in the house imports it
 # What may be imported on the same floor, beside the top floor's modules among themselves.
 NEXT_DOOR = {
-    ("workers.base", "workers.accept"),
-    ("workers.base", "workers.chain"),
-    *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "base", "chain")),
+    *(("workers.base", f"workers.{part}") for part in ("accept", "chain", "child", "request")),
+    *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "chain", "child", "request", "base")),
     ("workers.aio", "workers.coroutines"),
     ("workers.aio", "workers.gate"),
     ("workers.asgi", "workers.gate"),
@@ -41,7 +41,7 @@ NEXT_DOOR = {
     *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),
     ("workers.response", "workers.http"),
     *(("workers.access", f"workers.{part}") for part in ("http", "response")),
-    *(("workers.polling", f"workers.{part}") for part in ("accept", "base", "http", "response")),
+    *(("workers.polling", f"workers.{part}") for part in ("accept", "child", "base", "http", "response")),
     ("options", "errors"),
     ("lifeline", "processes"),
     ("listeners", "processes"),

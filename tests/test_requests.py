@@ -14,7 +14,8 @@ import prefork.lifeline as lifeline
 import prefork.scoreboard as scoreboard
 from prefork.errors import RequestTimeout
 from prefork.options import Options
-from prefork.workers.base import Seat, Worker
+from prefork.workers.base import Worker
+from prefork.workers.child import Seat
 
 TIMEOUT = 30.0
 
@@ -137,7 +138,7 @@ def test_the_earliest_deadline_counts(bench: Bench) -> None:
     assert near(bench.due_in, 200), "what is over has no deadline"
     plain.end()
     assert bench.due_in is None and bench.peer == "10.0.0.1:2"
-    assert not bench.worker._due and not bench.worker._odd
+    assert not bench.worker._requests.due and not bench.worker._requests.odd
 
 
 def test_extending_is_for_the_request_in_hand(bench: Bench) -> None:
@@ -200,7 +201,7 @@ def test_a_signal_at_the_last_moment() -> None:
         signal.signal(signal.SIGALRM, former)
         one.close()
     assert 0 < raised < number
-    assert not one.worker._open and one.requests == number
+    assert not one.worker._requests.open and one.requests == number
 
 
 def test_late_in_threads(bench: Bench) -> None:
@@ -242,5 +243,5 @@ def test_threads_count_exactly(bench: Bench) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert bench.requests == 4000 and not bench.worker._open
+    assert bench.requests == 4000 and not bench.worker._requests.open
     assert bench.idle

@@ -17,8 +17,9 @@ from typing import Any
 import prefork.workers.coroutines as coroutines
 from prefork.errors import OptionError, RequestTimeout
 from prefork.workers.accept import FULL, PAUSE
-from prefork.workers.base import Request, Worker
+from prefork.workers.base import Worker
 from prefork.workers.gate import Gate
+from prefork.workers.request import Request
 
 log = logging.getLogger("prefork")
 
@@ -33,13 +34,11 @@ class TaskRequest(Request):
     `slack` later than the timer.
     """
 
-    __slots__ = ("_due", "_loop", "_seconds", "_set_for", "_task", "_timer", "interrupted")
-
-    _worker: "AsyncioWorker"
+    __slots__ = ("_due", "_loop", "_seconds", "_set_for", "_task", "_timer", "_worker", "interrupted")
 
     def __init__(self, worker: "AsyncioWorker", peer: object, seconds: float) -> None:
-        super().__init__(worker, peer, seconds + worker.slack if seconds else 0.0)
-        self._loop, self._seconds = worker.loop, seconds
+        super().__init__(worker._requests, peer, seconds + worker.slack if seconds else 0.0)
+        self._worker, self._loop, self._seconds = worker, worker.loop, seconds
         self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due = self._set_for = 0.0

@@ -20,7 +20,8 @@ from time import monotonic
 from typing import Any
 
 from prefork.workers.accept import FULL, PAUSE
-from prefork.workers.base import Seat, Worker
+from prefork.workers.base import Worker
+from prefork.workers.child import Seat
 from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
 from prefork.workers.response import Clock, refusal
 

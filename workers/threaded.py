@@ -17,7 +17,8 @@ from time import monotonic
 from typing import Any
 
 from prefork.errors import RequestTimeout
-from prefork.workers.base import INTERRUPT, Worker
+from prefork.workers.base import Worker
+from prefork.workers.child import INTERRUPT
 
 log = logging.getLogger("prefork")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
-from prefork.workers.base import Seat
+from prefork.workers.child import Seat
 
 try:
     from prefork.workers.access import AccessLog
