@@ -815,6 +815,23 @@ def test_max_connections(start: Start, notes: Notes) -> None:
     program.finish()
 
 
+@pytest.mark.parametrize("kind", ["asgi", "app:Plain"])
+def test_a_burst_within_max_connections(start: Start, notes: Notes, kind: str) -> None:
+    """Those who come at once are all accepted up to the limit, and none of them counts twice while he is."""
+    program = serve(start, "-w", 1, "--max-connections", 24, kind=kind)
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        program.send(signal.SIGSTOP, worker)
+        clients = [stack.enter_context(contextlib.closing(Client(program.address))) for _ in range(20)]
+        for client in clients:
+            client.request("GET", "/gate/go")
+        program.send(signal.SIGCONT, worker)
+        noted(notes, "begun", 20)
+        program.write("go", "")
+        assert {client.getresponse().status for client in clients} == {200}
+    program.finish()
+
+
 def test_one_connection_at_once(start: Start, load: Callable[..., HTTPLoad]) -> None:
     """With room for one, many clients are served one after the other, also by a pool that stops."""
     program = serve(start, "-w", 1, "--max-connections", 1)

@@ -218,7 +218,7 @@ class ASGIWorker(Worker):
         self._opening.discard(begun)
         if begun.cancelled() or begun.exception():  # a failed handshake, or it is gone already
             request.close()
-            self._fewer()
+        self._fewer()  # also of one that is open: from its first moment as a connection to this one it counted twice
 
     # -- leaving ---------------------------------------------------------------------------------------------------
 
