@@ -110,7 +110,6 @@ class AsyncioWorker(Worker):
     `graceful_timeout` is cancelled, so that `finally` blocks still run.
     """
 
-    batch = 8  # taken in one turn of the loop; with 1 a connection under load costs a third more
     slack = 1.0  # a loop that has not turned for so long when a request is due is hung
     farewell = 1.0  # seconds before the end of `graceful_timeout`, at most a quarter of it
 
@@ -157,10 +156,8 @@ class AsyncioWorker(Worker):
         loop = self.loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
-        self._paused = False
-        self._over: asyncio.Future[None] = loop.create_future()
         self._tls = {id(server): _bared(server) for server in self.servers}
-        self._gate = Gate(loop, self.acceptor, self._found)
+        self._gate = Gate(loop, self.acceptor, self._take, self._has_room)
         self._turning = True
         if self.draining:  # told before there was a loop to wake
             self._told()
@@ -191,12 +188,11 @@ class AsyncioWorker(Worker):
 
     def _told(self) -> None:
         self.leaving.set()
-        if not self._over.done():
-            self._over.set_result(None)
+        if not self._gate.over.done():
+            self._gate.end()
             patience = self.options.graceful_timeout
             end = self._left_at + patience - min(self.farewell, patience / 4)
             self.loop.call_later(max(0.0, end - monotonic()), self._cut)
-        self._watch()
 
     def _cut(self) -> None:
         """The master's patience is about to end: have what is left in hand end by itself."""
@@ -208,49 +204,20 @@ class AsyncioWorker(Worker):
             task.cancel()
 
     async def _serve(self) -> None:
-        self._watch()
+        self._gate.watch()
         try:
-            await self._over
+            await self._gate.over
             await self._take_rest()
             while self._tasks:
                 await asyncio.wait(self._tasks)
         finally:
             self._turning = False
-            self._over.cancel()
-            self._watch()
             self._gate.discard()
 
     # -- taking ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _full(self) -> bool:
-        return len(self._tasks) >= self.options.max_connections
-
-    def _watch(self) -> None:
-        """Watch the listeners if there is room for another."""
-        wanted = not (self._full or self._paused or self._over.done())
-        if wanted is not self._gate.is_open:
-            self._gate.open() if wanted else self._gate.close()
-
-    def _found(self, fd: int) -> None:
-        if not self._gate.is_open:
-            return
-        try:
-            for _ in range(self.batch):
-                if self._full or not self._take(fd):
-                    break
-        except OSError as error:
-            if error.errno in FULL:
-                self.acceptor.say_full(error)
-                self._paused = True
-                self.loop.call_later(PAUSE, self._resume)
-            elif not self._over.done():
-                self._over.set_exception(error)  # the program has closed the listener
-        self._watch()
-
-    def _resume(self) -> None:
-        self._paused = False
-        self._watch()
+    def _has_room(self) -> bool:
+        return len(self._tasks) < self.options.max_connections
 
     def _take(self, fd: int) -> bool:
         taken = self.acceptor.try_take(fd)
@@ -264,16 +231,16 @@ class AsyncioWorker(Worker):
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         self._room.set()
-        self._watch()
+        self._gate.watch()
 
     async def _take_rest(self) -> None:
         """The last look, so that no wake-up is lost that the kernel gave to this worker alone; or the whole queue."""
         for fd in self.acceptor.fds:
             for number in range(self.acceptor.last_look()):
-                while self._full and self.pool_drains and not self._cut_off:
+                while not self._has_room() and self.pool_drains and not self._cut_off:
                     self._room.clear()
                     await self._room.wait()
-                if self._cut_off or (self._full and number):
+                if self._cut_off or (number and not self._has_room()):
                     break
                 try:
                     if not self._take(fd):

@@ -24,7 +24,7 @@ from time import monotonic
 from typing import Any
 
 from prefork.errors import OptionError
-from prefork.workers.accept import FULL, PAUSE
+from prefork.workers.accept import FULL
 from prefork.workers.base import Worker
 from prefork.workers.gate import Gate
 
@@ -49,7 +49,6 @@ class ASGIWorker(Worker):
     """
 
     application = True
-    batch = 8  # connections taken in one turn of the loop, where so many wait
     slack = 1.0  # a loop that has not turned for so long when a request is due is hung
     linger = 1.0
     farewell = 1.0  # seconds before the end of `graceful_timeout`, at most a tenth of it: what runs is cancelled
@@ -86,7 +85,7 @@ class ASGIWorker(Worker):
     async def _start(self) -> None:
         from prefork.workers.site import Connections, Site
 
-        self._connections = Connections(self._fewer)
+        self._connections = Connections(lambda: self._gate.watch())
         self._tasks: set[asyncio.Task[None]] = set()
         self._sites: dict[int, Site] = {}
         for server in self.servers:
@@ -99,22 +98,17 @@ class ASGIWorker(Worker):
 
     def run(self) -> None:
         self._opening: set[asyncio.Future[Any]] = set()  # accepted, and not among the connections yet
-        self._paused = False
-        self._over: asyncio.Future[None] = self.loop.create_future()
         self._tls = {id(server): _bared(server) for server in self.servers}
-        self._gate = Gate(self.loop, self.acceptor, self._found)
-        self._more = {fd: select.poll() for fd in self.acceptor.fds}  # asking costs a tenth of a vain accept
-        for fd, poll in self._more.items():
-            poll.register(fd, select.POLLIN)
+        self._gate = Gate(self.loop, self.acceptor, self._take, self._has_room)
         self._turning = True
         if self.draining:  # told before there was a loop to wake
-            self._told()
+            self._gate.end()
         self._runner.run(self._serve())
 
     def drain(self) -> None:
         self._left_at = monotonic()
         if self._turning:
-            self.loop.call_soon_threadsafe(self._told)
+            self.loop.call_soon_threadsafe(self._gate.end)
 
     def expired(self) -> None:
         """The loop has not turned for `slack` seconds after a request was due. Nothing can be raised in it that would
@@ -137,60 +131,19 @@ class ASGIWorker(Worker):
         for site in self._sites.values():
             await site.lifespan.stop()
 
-    def _told(self) -> None:
-        if not self._over.done():
-            self._over.set_result(None)
-
     async def _serve(self) -> None:
         try:
-            self._watch()
-            await self._over
+            self._gate.watch()
+            await self._gate.over
             await self._empty()
         finally:
-            if self._gate.is_open:
-                self._gate.close()
             self._gate.discard()
             self._turning = False
 
     # -- taking ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _room(self) -> int:
-        return self.options.max_connections - len(self._connections) - len(self._opening)
-
-    def _watch(self) -> None:
-        """Watch the listeners if there is room for another."""
-        wanted = not (self._paused or self._over.done() or self._room <= 0)
-        if wanted is not self._gate.is_open:
-            self._gate.open() if wanted else self._gate.close()
-
-    def _fewer(self) -> None:
-        if not self._gate.is_open:
-            self._watch()
-
-    def _found(self, fd: int) -> None:
-        if not self._gate.is_open:
-            return
-        try:
-            self._take(fd)
-            for _ in range(self.batch - 1):
-                if self._room <= 0 or not self._more[fd].poll(0):
-                    break
-                self._take(fd)
-        except OSError as error:
-            if error.errno in FULL:
-                self.acceptor.say_full(error)
-                self._paused = True
-                self._watch()
-                self.loop.call_later(PAUSE, self._resume)
-            elif not self._over.done():
-                self._over.set_exception(error)  # the program has closed the listener
-        if self._room <= 0:
-            self._watch()
-
-    def _resume(self) -> None:
-        self._paused = False
-        self._watch()
+    def _has_room(self) -> bool:
+        return len(self._connections) + len(self._opening) < self.options.max_connections
 
     def _take(self, fd: int) -> bool:
         """One connection from a listener. Whether there was one."""
@@ -218,13 +171,12 @@ class ASGIWorker(Worker):
         self._opening.discard(begun)
         if begun.cancelled() or begun.exception():  # a failed handshake, or it is gone already
             request.close()
-        self._fewer()  # also of one that is open: from its first moment as a connection to this one it counted twice
+        self._gate.watch()  # in any case: since it became a connection, which was before this, it counted twice
 
     # -- leaving ---------------------------------------------------------------------------------------------------
 
     async def _empty(self) -> None:
         """Take what is to be taken, and have every connection end, none with a request on its way."""
-        self._watch()
         for site in self._sites.values():
             site.closing = True
         patience = self.options.graceful_timeout
@@ -247,7 +199,7 @@ class ASGIWorker(Worker):
         to be emptied. Whether something is left that must be taken."""
         for fd in self.acceptor.fds:
             for _ in range(self.acceptor.last_look()):
-                if self._room <= 0:
+                if not self._has_room():
                     return self.pool_drains
                 try:
                     if not self._take(fd):
