@@ -21,7 +21,7 @@ import pytest
 
 import prefork
 from programs2.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
-from support import Ledger, Load, Program, account, ask, dial, elapse, patterns, pids_serving, until
+from support import Ledger, Load, Program, ask, dial, elapse, patterns, pids_serving, stop_and_start, until
 
 Run = Callable[..., Load]
 
@@ -161,8 +161,7 @@ def test_many_at_once(start: Start, notes: Notes, loop: str) -> None:
         held = [hold(program.address, stack, "gate go", f"held-{number}") for number in range(200)]
         noted(notes, "begun", 200)
         assert ask(program.address).result == "done"
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         program.write("go", "")
         for number, sock in enumerate(held):
             assert rest(sock).endswith(f":held-{number}:done\n".encode())
@@ -180,9 +179,7 @@ def test_several_servers(start: Start, notes: Notes) -> None:
     for _ in range(2):
         for address in program.addresses[:2]:
             pids_serving(address, 2)
-        mark = program.mark
-        program.send(signal.SIGHUP)
-        program.wait_for(patterns.RELOADED, since=mark)
+        program.reload()
     program.finish()
 
 
@@ -269,19 +266,15 @@ def test_replacements_lose_nothing(start: Start, ledger: Ledger, load: Run, loop
         clients = load(program.address, clients=16)
         for _ in range(5):
             clients.more(100)
-            mark = program.mark
-            program.send(signal.SIGHUP)
-            program.wait_for(patterns.RELOADED, 20, since=mark)
+            program.reload()
         for _ in range(8):
             clients.more(30)
             victim = program.wait_ready(2, 10)[0]
             program.send(signal.SIGTERM, victim)
             program.wait_children(2, 10, without=[victim])
         clients.more(1200)
-        tally = clients.stop()
+        clients.check_nothing_lost(ledger)
         program.wait_ready(2)
-    assert not account(tally, ledger)
-    assert (tally.lost, tally.refused) == (0, 0), tally
     assert any("recycled" in match[4] for match in program.found(patterns.LEFT))
     program.finish()
 
@@ -292,15 +285,9 @@ def test_stops_lose_nothing(start: Start, ledger: Ledger, load: Run, loop: str, 
     program = begin(start, loop, kind)
     address = program.address
     clients = load(address, clients=16)
-    for turn in range(5):
-        if turn:
-            program = begin(start, loop, kind, directory=program.directory, port=address.port)
-        clients.more(200)
-        assert program.stop().code == 0
-        program.finish()
-    tally = clients.stop()
-    assert not account(tally, ledger)
-    assert tally.lost == 0, tally
+    again = functools.partial(begin, start, loop, kind, directory=program.directory, port=address.port)
+    stop_and_start(program, again, [clients], 5)
+    clients.check_nothing_lost(ledger, stopped=True)
 
 
 @both_loops
@@ -310,8 +297,7 @@ def test_a_stop_takes_the_queue(start: Start, notes: Notes, loop: str) -> None:
     with ExitStack() as stack:
         held = [hold(program.address, stack, "gate go", f"held-{number}") for number in range(12)]
         noted(notes, "begun", 4)
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         program.write("go", "")
         for number, sock in enumerate(held):
             assert rest(sock).endswith(f":held-{number}:done\n".encode())
@@ -656,8 +642,7 @@ def test_tls(start: Start, notes: Notes, certificate: tuple[Path, Path], loop: s
         held = secure(stack)
         held.sendall(b"x extend 20 gate go\n")
         noted(notes, "begun")
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         program.write("go", "")
         assert rest(held).endswith(b":x:done\n")
     assert program.wait_exit().code == 0
@@ -678,8 +663,7 @@ def test_datagrams_at_once(start: Start, notes: Notes, loop: str, kind: str) -> 
         noted(notes, "begun", 3)
         elapse(0.1)
         assert len(notes("begun")) == 3
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         program.write("go", "")
         answers = {sock.recv(100).split(b":", 1)[1] for _ in range(8)}
     assert answers == {f"{number}:done\n".encode() for number in range(8)}

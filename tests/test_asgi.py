@@ -298,8 +298,7 @@ def test_frameworks(start: Start, notes: Notes, framework: str) -> None:
         assert ws.recv(5) == "well stated"
     with contextlib.closing(Client(program.address)) as client:
         assert client.get("/background") == "soon"
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         assert not notes("background")
         program.write("go", "")
         assert program.wait_exit().code == 0
@@ -648,8 +647,7 @@ def test_an_answer_on_its_way_is_sent_to_its_end(start: Start, notes: Notes) -> 
         client.request("GET", "/big")
         noted(notes, "begun")
         elapse(1.2)  # longer than a worker that leaves waits for a silent one
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         elapse(0.3)
         assert client.getresponse().read() == b"x" * 20_000_000
     assert program.wait_exit().code == 0

@@ -3,6 +3,7 @@
 The first tests prove the judge: the standard library's server, stopped as its users stop it, must be found guilty.
 """
 
+import functools
 import os
 import signal
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support import Ledger, Load, Loss, Program, Tally, account, ask, dial, patterns, until
+from support import Ledger, Load, Loss, Program, Tally, account, ask, dial, patterns, stop_and_start, until
 
 Start = Callable[..., Program]
 Run = Callable[..., Load]
@@ -95,15 +96,9 @@ def test_graceful_stops_lose_nothing(start: Start, ledger: Ledger, load: Run, ki
     program = start("pool.py", {"tcp": TCP, "unix": UNIX}[kind], "--workers", 4).ready()
     address = program.address
     clients = load(address, clients=16)
-    for turn in range(number):
-        if turn:
-            program = start("pool.py", address, "--workers", 4, directory=program.directory).ready()
-        clients.more(200)
-        assert program.stop().code == 0
-        program.finish()
-    tally = clients.stop()
-    assert not account(tally, ledger)
-    assert tally.lost == 0, tally
+    again = functools.partial(start, "pool.py", address, "--workers", 4, directory=program.directory)
+    stop_and_start(program, again, [clients], number)
+    clients.check_nothing_lost(ledger, stopped=True)
 
 
 @pytest.mark.parametrize("number", [50])
@@ -115,12 +110,8 @@ def test_reloads_lose_nothing(start: Start, ledger: Ledger, load: Run, number: i
         clients = load(program.address, clients=16)
         for _ in range(number):
             clients.more(100)
-            mark = program.mark
-            program.send(signal.SIGHUP)
-            program.wait_for(patterns.RELOADED, 20, since=mark)
-        tally = clients.stop()
-    assert not account(tally, ledger)
-    assert (tally.lost, tally.refused) == (0, 0), tally
+            program.reload()
+        clients.check_nothing_lost(ledger)
     program.finish()
 
 
@@ -133,14 +124,10 @@ def test_twenty_reloads_at_once_are_one_or_two(start: Start, ledger: Ledger, loa
         program.send(signal.SIGHUP)
         clients.more(20)
     before = len(program.found(patterns.RELOAD_BEGINS))
-    mark = program.mark
-    program.send(signal.SIGHUP)
-    program.wait_for(patterns.RELOADED, 20, since=mark)
+    program.reload()
     until(lambda: len(program.found(patterns.RELOADED)) == len(program.found(patterns.RELOAD_BEGINS)), 10)
     assert 1 <= before <= 20
-    tally = clients.stop()
-    assert not account(tally, ledger)
-    assert (tally.lost, tally.refused) == (0, 0), tally
+    clients.check_nothing_lost(ledger)
     program.finish()
 
 
@@ -157,9 +144,7 @@ def test_retirements_lose_nothing(start: Start, ledger: Ledger, load: Run, kind:
             victim = pids[turn % 4]
             program.send(signal.SIGTERM, victim)
             program.wait_children(4, without=[victim])
-        tally = clients.stop()
-    assert not account(tally, ledger)
-    assert (tally.lost, tally.refused) == (0, 0), tally
+        clients.check_nothing_lost(ledger)
     assert len(program.found(patterns.LEFT)) >= number
     program.finish()
 
@@ -170,9 +155,7 @@ def test_recycling_loses_nothing(start: Start, ledger: Ledger, load: Run, number
     program = start("pool.py", TCP, "--workers", 4, "--max-requests", 20, "--max-requests-jitter", 10).ready()
     clients = load(program.address, clients=16)
     until(lambda: len(program.found(patterns.LEFT)) >= number, number / 5 + 20, f"{number} workers were recycled")
-    tally = clients.stop()
-    assert not account(tally, ledger)
-    assert (tally.lost, tally.refused) == (0, 0), tally
+    clients.check_nothing_lost(ledger)
     assert len(os.listdir(f"/proc/{program.pid}/task")) == 1
     ask(program.address)
     program.finish()
@@ -184,16 +167,12 @@ def test_datagrams_survive_reloads(start: Start, ledger: Ledger, load: Run) -> N
     clients = load(program.address, clients=16)
     for _ in range(20):
         clients.more(50)
-        mark = program.mark
-        program.send(signal.SIGHUP)
-        program.wait_for(patterns.RELOADED, 20, since=mark)
+        program.reload()
     for turn in range(50):
         pids = program.wait_ready(4)
         program.send(signal.SIGTERM, pids[turn % 4])
         program.wait_children(4, without=[pids[turn % 4]])
-    tally = clients.stop()
-    assert not account(tally, ledger)
-    assert (tally.lost, tally.refused) == (0, 0), tally
+    clients.check_nothing_lost(ledger)
     program.finish()
 
 
@@ -240,19 +219,8 @@ def test_several_listeners_lose_nothing(start: Start, ledger: Ledger, load: Run)
         pids = program.wait_ready(4)
         program.send(signal.SIGTERM, pids[turn % 4])
         program.wait_children(4, without=[pids[turn % 4]])
-        mark = program.mark
-        program.send(signal.SIGHUP)
-        program.wait_for(patterns.RELOADED, 20, since=mark)
-    tallies = [loads.pop().stop()]  # nobody says to a client of UDP that there is no server
-    addresses = program.addresses
-    for turn in range(5):
-        if turn:
-            program = begin(*addresses, directory=program.directory)
-        for clients in loads:
-            clients.more(100)
-        assert program.stop().code == 0
-        program.finish()
-    tallies += [clients.stop() for clients in loads]
-    for tally in tallies:
-        assert not account(tally, ledger)
-        assert tally.lost == 0, tally
+        program.reload()
+    loads.pop().check_nothing_lost(ledger)  # nobody says to a client of UDP that there is no server
+    stop_and_start(program, functools.partial(begin, *program.addresses, directory=program.directory), loads, 5)
+    for clients in loads:
+        clients.check_nothing_lost(ledger, stopped=True)

@@ -1,5 +1,6 @@
 """The worker with threads: several requests at once in a process, each with a deadline, and nothing lost at its end."""
 
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
-from support import Ledger, Load, Program, account, ask, children, dial, elapse, patterns, processes, until
+from support import Ledger, Load, Program, ask, children, dial, elapse, patterns, processes, stop_and_start, until
 
 Run = Callable[..., Load]
 
@@ -246,8 +247,7 @@ def test_kinds(start: Start, notes: Notes, kind: str) -> None:
         held = [hold(program.address, stack, "gate go", f"c{number}") for number in range(3)]
         noted(notes, "begun", 3)
         assert ask(program.address, "thread").result.startswith("prefork-")
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         elapse(0.05)
         assert program.running and children(program.pid) == [worker]
         program.write("go", "")
@@ -321,8 +321,7 @@ def test_several_listeners(start: Start, notes: Notes) -> None:
     with ExitStack() as stack:
         held = [hold(address, stack, "gate go") for address in program.addresses[:2] * 2]
         noted(notes, "begun", 4)
-        program.send(signal.SIGTERM)
-        program.wait_for(patterns.STOPPING)
+        program.begin_stop()
         program.write("go", "")
         assert all(rest(sock).endswith(b":held:done\n") for sock in held)
     assert program.wait_exit().code == 0
@@ -389,15 +388,9 @@ def test_stops_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str) 
     program = busy_pool(start, listen, "--workers", 2)
     address = program.address
     clients = load(address, clients=16)
-    for turn in range(10):
-        if turn:
-            program = busy_pool(start, address, "--workers", 2, directory=program.directory)
-        clients.more(200)
-        assert program.stop().code == 0
-        program.finish()
-    tally = clients.stop()
-    assert not account(tally, ledger)
-    assert tally.lost == 0, tally
+    again = functools.partial(busy_pool, start, address, "--workers", 2, directory=program.directory)
+    stop_and_start(program, again, [clients], 10)
+    clients.check_nothing_lost(ledger, stopped=True)
 
 
 @pytest.mark.parametrize("kind", ["tcp://127.0.0.1:0", "udp://127.0.0.1:0"])
@@ -408,9 +401,7 @@ def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str
     clients = load(program.address, clients=16)
     for _ in range(5):
         clients.more(100)
-        mark = program.mark
-        program.send(signal.SIGHUP)
-        program.wait_for(patterns.RELOADED, 20, since=mark)
+        program.reload()
     for turn in range(20):
         clients.more(20)
         pids = until(lambda: children(program.pid), 5, "workers")
@@ -419,9 +410,7 @@ def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str
         except ProcessLookupError:  # it was being recycled
             continue
     clients.more(2000)
-    tally = clients.stop()
-    assert not account(tally, ledger)
-    assert (tally.lost, tally.refused) == (0, 0), tally
+    clients.check_nothing_lost(ledger)
     said = " ".join(match[4] for match in program.found(patterns.LEFT))
     assert "recycled" in said and "generation was replaced" in said and "signal from outside" in said
     program.finish()

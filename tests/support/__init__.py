@@ -7,7 +7,7 @@ Every process that is ended is one that a test started (its session is the mark)
 from . import patterns
 from .clients import Address, Reply, ask, converse, dial, pids_serving, queue_up
 from .control import Times, within
-from .ledger import Ledger, Load, Loss, Tally, account
+from .ledger import Ledger, Load, Loss, Tally, account, stop_and_start
 from .processes import Process, children, descriptors, private_memory, session, state, title
 from .program import PROGRAMS, Exit, Program
 from .waiting import elapse, until
@@ -37,6 +37,7 @@ __all__ = [
     "queue_up",
     "session",
     "state",
+    "stop_and_start",
     "title",
     "until",
     "within",

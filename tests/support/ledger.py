@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from .clients import Address
 from .load import COUNTERS
+from .program import Program
 from .waiting import until
 
 
@@ -104,6 +105,13 @@ class Load:
             self.close()
         return self.tally
 
+    def check_nothing_lost(self, ledger: "Ledger", *, stopped: bool = False) -> None:
+        """End it: every request was answered, once. None was refused either, unless the pool was `stopped` at times."""
+        tally = self.stop()
+        assert not account(tally, ledger)
+        assert tally.lost == 0, tally
+        assert stopped or tally.refused == 0, tally
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -173,3 +181,14 @@ def account(tally: Tally, ledger: Ledger, killed: Iterable[int] = ()) -> list[st
     if own < tally.ok:
         wrong.append(f"{tally.ok} answers, but {own} in the ledger: it cannot be trusted")
     return wrong
+
+
+def stop_and_start(program: Program, again: Callable[[], Program], loads: Iterable[Load], number: int) -> None:
+    """Stop a program under these loads so many times, and in between start it `again` on its addresses."""
+    for turn in range(number):
+        if turn:
+            program = again().ready()
+        for load in loads:
+            load.more(200)
+        assert program.stop().code == 0
+        program.finish()

@@ -224,6 +224,17 @@ class Program:
         self.send(number)
         return self.wait_exit(timeout)
 
+    def begin_stop(self) -> None:
+        """TERM, until its log says that it stops."""
+        self.send(signal.SIGTERM)
+        self.wait_for(patterns.STOPPING)
+
+    def reload(self, timeout: float = 20.0) -> None:
+        """HUP, until its log says that the new generation serves."""
+        mark = self.mark
+        self.send(signal.SIGHUP)
+        self.wait_for(patterns.RELOADED, timeout, since=mark)
+
     @contextmanager
     def flat(self, timeout: float = 3.0) -> Iterator[None]:
         """The master has as many descriptors of each kind after the block as before it, and no zombie."""
