@@ -95,6 +95,11 @@ async def app(scope, receive, send):
         case "gate":
             await gate(rest)
             await answer(send, f"{os.getpid()}:{rest}".encode())
+        case "extend":
+            for _ in range(4):
+                scope["state"]["prefork_worker"].extend_deadline(float(rest))
+                await asyncio.sleep(0.3)
+            await answer(send, b"in the end")
         case "late":
             try:
                 if rest:
@@ -728,6 +733,21 @@ def test_a_late_request_is_cancelled(start: Start, notes: Notes) -> None:
     assert len(notes("finally")) == 2
     assert "RequestTimeout: the request took longer than 0.4 s" in program.log
     elapse(1.2)  # the master's look at the deadline it knows
+    assert pid_of(program) == worker
+    program.finish()
+
+
+def test_a_deadline_is_the_applications_to_extend(start: Start, notes: Notes) -> None:
+    """An application finds its worker in the state of the scope, and gives its request another deadline: a later one,
+    or an earlier one, past which it is cancelled as well."""
+    program = serve(start, "-w", 1, "--request-timeout", 0.8, allow=TROUBLE)
+    (worker,) = program.wait_ready(1)
+    assert get(program, "/extend/0.6") == "in the end"
+    assert "RequestTimeout" not in program.log
+    with contextlib.closing(Client(program.address)) as client:
+        client.request("GET", "/extend/0.1")
+        assert client.getresponse().status == 500
+    assert "RequestTimeout" in program.log and "await asyncio.sleep(0.3)" in program.log
     assert pid_of(program) == worker
     program.finish()
 

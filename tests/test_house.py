@@ -19,7 +19,7 @@ FLOORS = (
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
-    | {"workers.sync", "workers.threaded", "workers.gate", "workers.coroutines", "workers.aio"}
+    | {"workers.sync", "workers.threaded", "workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
     | {"workers.wsgi", "workers.asgi", "workers.site"}
     | {"workers.http", "workers.response", "workers.access", "workers.polling"},
     {"crew", "master"},
@@ -34,10 +34,10 @@ NEXT_DOOR = {
     *(("workers.base", f"workers.{part}") for part in ("accept", "chain", "child", "request")),
     *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "chain", "child", "request", "base")),
     ("workers.aio", "workers.coroutines"),
-    ("workers.aio", "workers.gate"),
-    ("workers.asgi", "workers.gate"),
+    *((f"workers.{kind}", f"workers.{of}") for kind in ("aio", "asgi") for of in ("gate", "loop")),
     ("workers.asgi", "workers.site"),
     ("workers.gate", "workers.accept"),
+    *(("workers.loop", f"workers.{part}") for part in ("request", "base")),
     *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),
     ("workers.response", "workers.http"),
     *(("workers.access", f"workers.{part}") for part in ("http", "response")),

@@ -95,6 +95,16 @@ def test_stuck_thread(start: Start, notes: Notes) -> None:
     program.finish()
 
 
+def test_a_deadline_is_the_applications_to_extend(start: Start) -> None:
+    """An application finds its worker in the environment, and gives its request another deadline, later or earlier."""
+    program = serve(start, "--request-timeout", 0.8, allow=[patterns.TRACEBACK])
+    with Web(program.address) as client:
+        assert client.get("/extend/0.6").body == b"in the end"
+    with Web(program.address) as client:
+        assert client.get("/extend/0.1").status == 503
+    program.finish()
+
+
 def test_child_of_the_application(start: Start) -> None:
     """A process that the application forks holds copies of its connections; they end all the same, and only once."""
     program = serve(start)

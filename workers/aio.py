@@ -1,8 +1,4 @@
-"""The shipped worker for handlers that are coroutines: an event loop, and many requests in hand at once.
-
-What the loop's turning can end, the loop ends: a request past its deadline is cancelled by a timer of the loop. The
-master only finds a loop that does not turn.
-"""
+"""The shipped worker for handlers that are coroutines: an event loop, and many requests in hand at once."""
 
 import asyncio
 import contextlib
@@ -15,102 +11,33 @@ from time import monotonic
 from typing import Any
 
 import prefork.workers.coroutines as coroutines
-from prefork.errors import OptionError, RequestTimeout
+from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE
-from prefork.workers.base import Worker
 from prefork.workers.gate import Gate
-from prefork.workers.request import Request
+from prefork.workers.loop import LoopWorker
 
 log = logging.getLogger("prefork")
 
-CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was interrupted
 
-
-class TaskRequest(Request):
-    """A request that a task has in hand. Past its deadline the task is cancelled, and the `with` block makes a
-    RequestTimeout of that.
-
-    The timer is not set anew by each extension: it looks, when it is due, whether it still is. Published is always
-    `slack` later than the timer.
-    """
-
-    __slots__ = ("_due", "_loop", "_seconds", "_set_for", "_task", "_timer", "_worker", "interrupted")
-
-    def __init__(self, worker: "AsyncioWorker", peer: object, seconds: float) -> None:
-        super().__init__(worker._requests, peer, seconds + worker.slack if seconds else 0.0)
-        self._worker, self._loop, self._seconds = worker, worker.loop, seconds
-        self._task: asyncio.Task[Any] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._due = self._set_for = 0.0
-        self.interrupted = 0  # how often
-
-    def __enter__(self) -> "TaskRequest":
-        super().__enter__()
-        if self._seconds:
-            self._task = asyncio.current_task()
-            self._due = self._set_for = self.start + self._seconds
-            self._timer = self._loop.call_later(self._seconds, self._ring)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        super().__exit__(*error)
-        if self.interrupted and self._task is not None:
-            for _ in range(self.interrupted):
-                left = self._task.uncancel()
-            if not left and isinstance(error[1], asyncio.CancelledError):
-                raise RequestTimeout(f"the request took longer than {self._seconds:g} s") from None
-
-    def extend_deadline(self, seconds: float) -> None:
-        """Give it `seconds` from now; from any thread. Where it has no deadline there is nothing to extend."""
-        if self._timer is not None:
-            self._due = monotonic() + seconds
-            if self._due < self._set_for:
-                self._loop.call_soon_threadsafe(self._set)
-
-    def _set(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            seconds = max(0.0, self._due - monotonic())
-            self._set_for = self._due
-            self._timer = self._loop.call_later(seconds, self._ring)
-            super().extend_deadline(seconds + self._worker.slack)
-
-    def _ring(self) -> None:
-        if self._due - monotonic() < 0.002:  # uvloop counts in milliseconds
-            if self.interrupted == 1:
-                self._worker.stubborn(self)
-            self.interrupted += 1
-            assert self._task is not None
-            self._task.cancel()
-            self._due = monotonic() + CLEANUP
-        self._set()
-
-
-class AsyncioWorker(Worker):
+class AsyncioWorker(LoopWorker):
     """Serves handlers that are coroutines, `max_connections` at once, on uvloop where that is installed.
 
-    May be overridden, beside what `Worker` says
-    --------------------------------------------
-    new_loop()
-        The event loop, made when it is first asked for.
+    May be overridden, beside what `LoopWorker` says
+    ------------------------------------------------
     setup()
         `self.loop` is there, and does not turn yet: open a pool of connections by
         `self.loop.run_until_complete(...)`. Tasks made here run while the worker serves.
     teardown()
         The loop does not turn any more: `self.loop.run_until_complete(...)` again, and then `super().teardown()`.
 
-    To be read, beside what `Worker` says
-    -------------------------------------
+    To be read, beside what `LoopWorker` says
+    -----------------------------------------
     loop, leaving (an `asyncio.Event` that is set once the worker is to leave)
 
     A worker that leaves takes no more, and waits for what it has in hand. What is left shortly before the end of
     `graceful_timeout` is cancelled, so that `finally` blocks still run.
     """
 
-    slack = 1.0  # a loop that has not turned for so long when a request is due is hung
     farewell = 1.0  # seconds before the end of `graceful_timeout`, at most a quarter of it
 
     @classmethod
@@ -126,22 +53,6 @@ class AsyncioWorker(Worker):
                     f"worker_class: {cls.__name__} does not call {type(server).__name__}.{name}(); leave it out "
                     "(ThreadingMixIn too), or choose another worker_class"
                 )
-
-    def new_loop(self) -> asyncio.AbstractEventLoop:
-        """Make the event loop: uvloop's, or asyncio's own where that is not installed."""
-        try:
-            import uvloop
-        except ImportError:
-            return asyncio.SelectorEventLoop()
-        return uvloop.new_event_loop()
-
-    @functools.cached_property
-    def _runner(self) -> asyncio.Runner:
-        return asyncio.Runner(loop_factory=self.new_loop)
-
-    @functools.cached_property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        return self._runner.get_loop()
 
     @functools.cached_property
     def leaving(self) -> asyncio.Event:
@@ -167,20 +78,6 @@ class AsyncioWorker(Worker):
         self._left_at = monotonic()
         if self._turning:
             self.loop.call_soon_threadsafe(self._told)
-
-    def expired(self) -> None:
-        """The loop has not turned for `slack` seconds after a request was due. Whatever was raised here might hit a
-        neighbour, or the loop itself: the master kills this worker, and its report shows where it stands."""
-
-    def stubborn(self, request: TaskRequest) -> None:
-        """A request goes on though it was interrupted `CLEANUP` seconds ago. It is interrupted again and again, and the
-        worker is replaced: its memory and its place among `max_connections` do not come back otherwise."""
-        log.warning(
-            "worker %d: a request from %s goes on after its RequestTimeout; the worker is to be replaced",
-            self.slot,
-            request.peer,
-        )
-        self.recycle("a request does not end")
 
     def teardown(self) -> None:
         """Cancel all tasks that are left, end asynchronous generators and the default executor, close the loop."""
@@ -253,10 +150,6 @@ class AsyncioWorker(Worker):
                 await asyncio.sleep(0)
 
     # -- serving ---------------------------------------------------------------------------------------------------
-
-    def serving(self, peer: object = "", timeout: float | None = None) -> TaskRequest:
-        """Around one request of the running task. RequestTimeout is what comes out of the `with` block."""
-        return TaskRequest(self, peer, (self.options.request_timeout or 0.0) if timeout is None else timeout)
 
     async def _one(self, server: Any, request: Any, peer: Any) -> None:
         """One request, from the accept to the close."""

@@ -1,8 +1,7 @@
 """The shipped worker for ASGI applications: uvicorn's protocols in an event loop of the worker's own.
 
 A lifespan starts before the worker is ready, so that one that fails is a boot failure and the old generation serves on;
-it ends when nothing is in hand any more. What the loop's turning can end, the loop ends: a request past its deadline is
-cancelled by a timer. The master only finds a loop that does not turn.
+it ends when nothing is in hand any more.
 
 A worker that leaves closes no connection on which a request may be on its way: replies say that they are the last, and
 one that rests is closed when it has been silent for `linger` and nothing has arrived.
@@ -25,8 +24,8 @@ from typing import Any
 
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL
-from prefork.workers.base import Worker
 from prefork.workers.gate import Gate
+from prefork.workers.loop import LoopWorker
 
 log = logging.getLogger("prefork")
 
@@ -34,13 +33,13 @@ TURN = 0.02  # seconds between two looks of a worker that leaves
 HANDSHAKE = 10.0  # seconds for a TLS handshake
 
 
-class ASGIWorker(Worker):
+class ASGIWorker(LoopWorker):
     """Serves an ASGI application (2 or 3): HTTP and WebSockets, on uvloop and httptools where those are installed.
 
     A server's RequestHandlerClass is the application.
 
-    May be overridden, beside what `Worker` says
-    --------------------------------------------
+    May be overridden, beside what `LoopWorker` says
+    ------------------------------------------------
     uvicorn_options
         Class-level: what `uvicorn.Config` is to be told besides, such as `{"root_path": "/api"}`. Not what the pool
         decides: addresses, processes, signals, reloading.
@@ -49,7 +48,6 @@ class ASGIWorker(Worker):
     """
 
     application = True
-    slack = 1.0  # a loop that has not turned for so long when a request is due is hung
     linger = 1.0
     farewell = 1.0  # seconds before the end of `graceful_timeout`, at most a tenth of it: what runs is cancelled
     uvicorn_options: Mapping[str, Any] = {}
@@ -62,22 +60,12 @@ class ASGIWorker(Worker):
         if importlib.util.find_spec("uvicorn") is None:
             raise OptionError("worker_class: asgi needs uvicorn; pip install 'prefork[asgi]'")
 
-    def new_loop(self) -> asyncio.AbstractEventLoop:
-        """Make the event loop: uvloop's, or asyncio's own where that is not installed."""
-        try:
-            import uvloop
-        except ImportError:
-            return asyncio.SelectorEventLoop()
-        return uvloop.new_event_loop()
-
     # -- the life of the loop --------------------------------------------------------------------------------------
 
     _turning = False
     _left_at = 0.0
 
     def setup(self) -> None:
-        self._runner = asyncio.Runner(loop_factory=self.new_loop)
-        self.loop = self._runner.get_loop()
         if self.options.access_log:
             log_accesses(self.options.access_log)
         self._runner.run(self._start())
@@ -109,19 +97,6 @@ class ASGIWorker(Worker):
         self._left_at = monotonic()
         if self._turning:
             self.loop.call_soon_threadsafe(self._gate.end)
-
-    def expired(self) -> None:
-        """The loop has not turned for `slack` seconds after a request was due. Nothing can be raised in it that would
-        not hit a neighbour: the master kills this worker, and its report shows where it stands."""
-
-    def extend_deadline(self, seconds: float) -> None:
-        super().extend_deadline(seconds + self.slack)
-
-    def stubborn(self, peer: object) -> None:
-        """A request goes on though it was cancelled `CLEANUP` seconds ago: it is in a thread, or does not mind. It is
-        cancelled again and again; the default also has the worker replaced."""
-        log.warning("worker %d: a request from %s goes on after its RequestTimeout", self.slot, peer)
-        self.recycle("a request does not end")
 
     def teardown(self) -> None:
         self._runner.run(self._stop())

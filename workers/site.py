@@ -26,8 +26,6 @@ Send = Callable[[Message], Awaitable[None]]
 
 log = logging.getLogger("prefork")
 
-CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was cancelled
-_EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop counts in milliseconds
 FAREWELL = 1.0  # seconds that a lifespan has, once it has said that it is over, to be over
 
 
@@ -35,11 +33,8 @@ class Accounts(Protocol):
     """What a site asks of its worker."""
 
     options: Options
-    slack: float
 
     def serving(self, peer: object = "", timeout: float | None = None) -> Any: ...
-
-    def stubborn(self, peer: object) -> None: ...
 
 
 class Connections(set[Any]):
@@ -109,10 +104,10 @@ class Site:
         self.state = State(self.config)
         self.closing = not options.keepalive_timeout  # whether each connection is to end with the next reply
         self._app: Any = self.config.loaded_app
-        self._worker, self._timeout = worker, options.request_timeout
         self._serving = worker.serving
         self._loop = asyncio.get_running_loop()
         self.lifespan = Lifespan(self._app, self.config)
+        self.lifespan.state["prefork_worker"] = worker  # every scope has a copy of this dictionary
         self.config.loaded_app = self._serve
 
     def protocol(self) -> asyncio.Protocol:
@@ -130,47 +125,13 @@ class Site:
                 return await self._app(scope, receive, send)
         if self.closing:
             send = _last_reply(send)
-        with self._serving(scope["client"] or "") as request:
-            if not self._timeout:
+        try:
+            with self._serving(scope["client"] or ""):
                 return await self._app(scope, receive, send)
-            limit = _Limit(self._worker, self._loop, request, self._timeout)
-            try:
-                return await self._app(scope, receive, send)
-            except asyncio.CancelledError as error:
-                if not limit.late:
-                    raise
-                late = RequestTimeout(f"the request took longer than {self._timeout:g} s")
-                if not _is_answered(receive):
-                    raise late from error
-                late.__cause__ = error
-                log.error("what a request left to be done after its answer was cancelled", exc_info=late)
-                return None
-            finally:
-                limit.timer.cancel()
-
-
-class _Limit:
-    """A timer of the loop that cancels the running task when its request is due, however often that is moved."""
-
-    def __init__(self, worker: Accounts, loop: asyncio.AbstractEventLoop, request: Any, seconds: float) -> None:
-        self.late = 0  # how often it was cancelled
-        self.timer = loop.call_later(seconds, self._ring)
-        self._worker, self._loop, self._request = worker, loop, request
-        self._task = asyncio.current_task()
-
-    def _ring(self) -> None:
-        left = self._request.deadline - self._worker.slack - monotonic()
-        if left > _EARLY:
-            self.timer = self._loop.call_later(left, self._ring)
-            return
-        if self.late == 1:
-            self._worker.stubborn(self._request.peer)
-        self.late += 1
-        assert self._task is not None
-        self._task.cancel()
-        # The loop turns, so this is no case for the master.
-        self._request.extend_deadline(CLEANUP + self._worker.slack)
-        self.timer = self._loop.call_later(CLEANUP, self._ring)
+        except RequestTimeout as late:
+            if not _is_answered(receive):
+                raise
+            log.error("what a request left to be done after its answer was cancelled", exc_info=late)
 
 
 def _is_answered(receive: Any) -> bool:

@@ -75,6 +75,7 @@ class WSGIWorker(PollingWorker):
             "wsgi.run_once": False,
             "wsgi.file_wrapper": FileWrapper,
             "wsgi.input_terminated": True,
+            "prefork.worker": self,
             "SERVER_SOFTWARE": self.SERVER or "prefork",
             "SERVER_NAME": address[0] if named else "localhost",
             "SERVER_PORT": str(address[1]) if named else "80",

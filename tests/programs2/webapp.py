@@ -165,6 +165,11 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         case "hang":
             while True:
                 select.select([], [], [], 0.01)
+        case "extend":
+            for _ in range(4):
+                environ["prefork.worker"].extend_deadline(float(argument))
+                time.sleep(0.3)
+            body = b"in the end"
         case "sleep":
             time.sleep(float(argument))
             body = b"slept"

@@ -1,0 +1,134 @@
+"""What the classes with an event loop have in common: the loop, and requests that it ends by itself.
+
+What the loop's turning can end, the loop ends: a request past its deadline is cancelled by a timer. The master only
+finds a loop that does not turn.
+"""
+
+import asyncio
+import functools
+import logging
+from time import monotonic
+from typing import Any
+
+from prefork.errors import RequestTimeout
+from prefork.workers.base import Worker
+from prefork.workers.request import Request
+
+log = logging.getLogger("prefork")
+
+CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was interrupted
+_EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop counts in milliseconds
+
+
+class TaskRequest(Request):
+    """A request that a task has in hand. Past its deadline the task is cancelled, and the `with` block makes a
+    RequestTimeout of that.
+
+    The timer is not set anew by each extension: it looks, when it is due, whether it still is. Published is always
+    `slack` later than the timer.
+    """
+
+    __slots__ = ("_due", "_loop", "_seconds", "_set_for", "_task", "_timer", "_worker", "interrupted")
+
+    def __init__(self, worker: "LoopWorker", peer: object, seconds: float) -> None:
+        super().__init__(worker._requests, peer, seconds + worker.slack if seconds else 0.0)
+        self._worker, self._loop, self._seconds = worker, worker.loop, seconds
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = self._set_for = 0.0
+        self.interrupted = 0  # how often
+
+    def __enter__(self) -> "TaskRequest":
+        super().__enter__()
+        if self._seconds:
+            self._task = asyncio.current_task()
+            self._due = self._set_for = self.start + self._seconds
+            self._timer = self._loop.call_later(self._seconds, self._ring)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        super().__exit__(*error)
+        if self.interrupted and self._task is not None:
+            for _ in range(self.interrupted):
+                left = self._task.uncancel()
+            if not left and isinstance(error[1], asyncio.CancelledError):
+                # From it, for its traceback shows where the request stood.
+                raise RequestTimeout(f"the request took longer than {self._seconds:g} s") from error[1]
+
+    def extend_deadline(self, seconds: float) -> None:
+        """Give it `seconds` from now; from any thread. Where it has no deadline there is nothing to extend."""
+        if self._timer is not None:
+            self._due = monotonic() + seconds
+            if self._due < self._set_for:
+                self._loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            seconds = max(0.0, self._due - monotonic())
+            self._set_for = self._due
+            self._timer = self._loop.call_later(seconds, self._ring)
+            super().extend_deadline(seconds + self._worker.slack)
+
+    def _ring(self) -> None:
+        if self._due - monotonic() < _EARLY:
+            if self.interrupted == 1:
+                self._worker.stubborn(self)
+            self.interrupted += 1
+            assert self._task is not None
+            self._task.cancel()
+            self._due = monotonic() + CLEANUP
+        self._set()
+
+
+class LoopWorker(Worker):
+    """A worker whose requests are tasks of one event loop.
+
+    May be overridden, beside what `Worker` says
+    --------------------------------------------
+    new_loop()
+        The event loop, made when it is first asked for, which is after the fork.
+    stubborn(request)
+        A request goes on though it was interrupted.
+    """
+
+    slack = 1.0  # a loop that has not turned for so long when a request is due is hung
+
+    def new_loop(self) -> asyncio.AbstractEventLoop:
+        """Make the event loop: uvloop's, or asyncio's own where that is not installed."""
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.SelectorEventLoop()
+        return uvloop.new_event_loop()
+
+    @functools.cached_property
+    def _runner(self) -> asyncio.Runner:
+        return asyncio.Runner(loop_factory=self.new_loop)
+
+    @functools.cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._runner.get_loop()
+
+    def expired(self) -> None:
+        """The loop has not turned for `slack` seconds after a request was due. Whatever was raised here might hit a
+        neighbour, or the loop itself: the master kills this worker, and its report shows where it stands."""
+
+    def stubborn(self, request: TaskRequest) -> None:
+        """A request goes on though it was interrupted `CLEANUP` seconds ago: it is in a thread, or does not mind. It is
+        interrupted again and again, and the worker is replaced: its memory and its place among `max_connections` do not
+        come back otherwise."""
+        log.warning(
+            "worker %d: a request from %s goes on after its RequestTimeout; the worker is to be replaced",
+            self.slot,
+            request.peer,
+        )
+        self.recycle("a request does not end")
+
+    def serving(self, peer: object = "", timeout: float | None = None) -> Request:
+        """Around one request of the running task. RequestTimeout is what comes out of the `with` block."""
+        seconds = (self.options.request_timeout or 0.0) if timeout is None else timeout
+        return TaskRequest(self, peer, seconds) if seconds else Request(self._requests, peer, 0.0)
