@@ -99,7 +99,7 @@ def test_a_deadline_is_the_applications_to_extend(start: Start) -> None:
     """An application finds its worker in the environment, and gives its request another deadline, later or earlier."""
     program = serve(start, "--request-timeout", 0.8, allow=[patterns.TRACEBACK])
     with Web(program.address) as client:
-        assert client.get("/extend/0.6").body == b"in the end"
+        assert client.get("/extend/5").body == b"in the end"
     with Web(program.address) as client:
         assert client.get("/extend/0.1").status == 503
     program.finish()
