@@ -96,8 +96,9 @@ async def app(scope, receive, send):
             await gate(rest)
             await answer(send, f"{os.getpid()}:{rest}".encode())
         case "extend":
-            scope["state"]["prefork_worker"].extend_deadline(float(rest))
-            await asyncio.sleep(1.2)
+            seconds, sleep = map(float, rest.split(","))
+            scope["state"]["prefork_worker"].extend_deadline(seconds)
+            await asyncio.sleep(sleep)
             await answer(send, b"in the end")
         case "late":
             try:
@@ -736,17 +737,18 @@ def test_a_late_request_is_cancelled(start: Start, notes: Notes) -> None:
     program.finish()
 
 
-def test_a_deadline_is_the_applications_to_extend(start: Start, notes: Notes) -> None:
+@pytest.mark.parametrize(("limit", "moved", "sleeps", "status"), [(0.5, 20, 1.0, 200), (20, 0.1, 15, 500)])
+def test_a_deadline_that_the_application_moves(
+    start: Start, notes: Notes, limit: float, moved: float, sleeps: float, status: int
+) -> None:
     """An application finds its worker in the state of the scope, and gives its request another deadline: a later one,
     or an earlier one, past which it is cancelled as well."""
-    program = serve(start, "-w", 1, "--request-timeout", 0.8, allow=TROUBLE)
+    program = serve(start, "-w", 1, "--request-timeout", limit, allow=TROUBLE)
     (worker,) = program.wait_ready(1)
-    assert get(program, "/extend/5") == "in the end"
-    assert "RequestTimeout" not in program.log
     with contextlib.closing(Client(program.address)) as client:
-        client.request("GET", "/extend/0.1")
-        assert client.getresponse().status == 500
-    assert "RequestTimeout" in program.log and "await asyncio.sleep(1.2)" in program.log
+        client.request("GET", f"/extend/{moved},{sleeps}")
+        assert client.getresponse().status == status
+    assert ("RequestTimeout" in program.log and "await asyncio.sleep(sleep)" in program.log) is (status == 500)
     assert pid_of(program) == worker
     program.finish()
 

@@ -95,13 +95,13 @@ def test_stuck_thread(start: Start, notes: Notes) -> None:
     program.finish()
 
 
-def test_a_deadline_is_the_applications_to_extend(start: Start) -> None:
-    """An application finds its worker in the environment, and gives its request another deadline, later or earlier."""
-    program = serve(start, "--request-timeout", 0.8, allow=[patterns.TRACEBACK])
+def test_a_deadline_that_the_application_moves(start: Start) -> None:
+    """An application finds its worker in the environment, and gives its request more time."""
+    program = serve(start, "--request-timeout", 0.5, allow=[patterns.TRACEBACK])
     with Web(program.address) as client:
-        assert client.get("/extend/5").body == b"in the end"
+        assert client.get("/extend/20,1.2").status == 200
     with Web(program.address) as client:
-        assert client.get("/extend/0.1").status == 503
+        assert client.get("/extend/0.6,15").status == 503
     program.finish()
 
 

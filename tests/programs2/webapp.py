@@ -166,8 +166,9 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             while True:
                 select.select([], [], [], 0.01)
         case "extend":
-            environ["prefork.worker"].extend_deadline(float(argument))
-            time.sleep(1.2)
+            seconds, sleep = map(float, argument.split(","))
+            environ["prefork.worker"].extend_deadline(seconds)
+            time.sleep(sleep)
             body = b"in the end"
         case "sleep":
             time.sleep(float(argument))
