@@ -130,7 +130,11 @@ class Settings:
         none=True,
     )
     max_connections: int = setting(
-        1000, int, "connections at once in a worker of the class asyncio, wsgi or asgi", low=1, high=1_000_000
+        1000,
+        int,
+        "connections at once in a worker of the class asyncio, wsgi or asgi; thread: that wait for has_request()",
+        low=1,
+        high=1_000_000,
     )
     request_timeout: float | None = setting(
         None,

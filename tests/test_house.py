@@ -19,7 +19,7 @@ FLOORS = (
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
-    | {"workers.sync", "workers.threaded", "workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
+    | {"workers.sync", "workers.filter", "workers.threaded", "workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
     | {"workers.wsgi", "workers.asgi", "workers.site"}
     | {"workers.http", "workers.response", "workers.access", "workers.polling"},
     {"crew", "master"},
@@ -33,6 +33,8 @@ FLOOR["__init__"] = TOP  # the face: sees every floor under the top, and nobody 
 NEXT_DOOR = {
     *(("workers.base", f"workers.{part}") for part in ("accept", "chain", "child", "request")),
     *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "chain", "child", "request", "base")),
+    ("workers.filter", "workers.accept"),
+    ("workers.threaded", "workers.filter"),
     ("workers.aio", "workers.coroutines"),
     *((f"workers.{kind}", f"workers.{of}") for kind in ("aio", "asgi") for of in ("gate", "loop")),
     ("workers.asgi", "workers.site"),

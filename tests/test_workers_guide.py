@@ -174,6 +174,25 @@ def test_connections_that_stay(start: Start, port: int) -> None:
     program.finish()
 
 
+def test_requests_that_are_not_there_yet(start: Start, port: int) -> None:
+    """Clients with half a line hold no thread: others are served, and each of them when its line is whole."""
+    rest = """
+        class Server(UpperServer):
+            workers = 1
+            threads = 1
+    """
+    program = served(start, port, "UpperServer", rest, "Upper", workers=1)
+    with ExitStack() as stack:
+        slow = [stack.enter_context(dial(Address("tcp", "127.0.0.1", port))) for _ in range(5)]
+        for sock in slow:
+            sock.sendall(b"half a ")
+        assert converse(port, b"fast\n") == b"FAST\n"
+        for sock in slow:
+            sock.sendall(b"line\n")
+            assert sock.recv(100) == b"HALF A LINE\n"
+    program.finish()
+
+
 def test_deadlines(start: Start, port: int) -> None:
     """A handler that extends its deadline outlives it."""
     rest = """

@@ -6,6 +6,9 @@ a queue; a worker whose threads are all busy does not accept, and the kernel ask
 accept would be another 0.95; but the kernel asks those who wait in the order in which they came, and a worker with 16
 of them would get 16 connections in a row, or nearly all of them beside one that has started fewer.
 
+Where a handler class says how to tell that a request is there, what is taken comes from a filter, in which connections
+wait for theirs and hold no thread.
+
 The main thread serves nothing. It waits for the end, and so is always free for a signal.
 """
 
@@ -19,6 +22,7 @@ from typing import Any
 from prefork.errors import RequestTimeout
 from prefork.workers.base import Worker
 from prefork.workers.child import INTERRUPT
+from prefork.workers.filter import Filter, check_of
 
 log = logging.getLogger("prefork")
 
@@ -36,11 +40,20 @@ class ThreadWorker(Worker):
     """
 
     THREADS = 16  # where the setting `threads` is None
+    PATIENCE = 60.0  # seconds from the connection until its handler's has_request() must have found a request
+    LAST_WORD = 2.0  # the same, since this worker was told to leave, if there is a graceful_timeout of twice as much
 
     _accepting = 0  # the thread that is in `accept()`, or 0
 
+    @classmethod
+    def check(cls, server: Any) -> None:
+        super().check(server)
+        check_of(server)
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._checks = {server: check for server in self.servers if (check := check_of(server))}
+        self._filter: Filter | None = None
         self._turn = threading.Lock()  # whose it is to accept
         self._free: set[int] = set()
         self.threads = self.options.threads or self.THREADS
@@ -50,7 +63,19 @@ class ThreadWorker(Worker):
         self._ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run(self) -> None:
-        self.acceptor  # noqa: B018  # made here, by the main thread
+        acceptor = self.acceptor  # made here, by the main thread
+        if self._checks:
+            self._filter = Filter(
+                self,
+                acceptor,
+                self._checks,
+                limit=self.options.max_connections,
+                patience=self.PATIENCE,
+                last_word=min(self.LAST_WORD, self.options.graceful_timeout / 2),
+                failed=self._ends.put,
+            )
+            if self.draining:
+                self._filter.leave()
         with self._turn:
             self._start()
         trouble = None
@@ -67,6 +92,10 @@ class ThreadWorker(Worker):
             raise trouble
 
     def drain(self) -> None:
+        if self._checks:  # an epoll waits for the listener, which must stay; and for `drain_fd`
+            if self._filter is not None:
+                self._filter.leave()
+            return
         super().drain()
         # An accept that has begun is not ended by what was done to the listener, but by a signal to its thread. One
         # that begins later finds the listener gone: there is no window between the two.
@@ -91,12 +120,13 @@ class ThreadWorker(Worker):
 
     def _serve(self) -> None:
         me = threading.get_ident()
+        take = self.accept if self._filter is None else self._filter.take
         while True:
             self._free.add(me)
             with self._turn:
                 self._accepting = me
                 try:
-                    taken = self.accept()
+                    taken = take()
                 except BaseException as error:  # the program has closed the listener
                     self._ends.put(error)
                     taken = None
