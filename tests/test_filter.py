@@ -576,6 +576,41 @@ def test_nobody_waits_and_the_stop_is_at_once(start: Start) -> None:
     program.finish()
 
 
+@pytest.mark.parametrize("order", ["retire", "stop"])
+def test_told_to_leave_before_it_takes(start: Start, notes: Notes, order: str) -> None:
+    """TERM between ready and the first accept: the worker leaves as if it had served, and a stop takes the queue."""
+    worker = """
+    def run(self):
+        if self.generation == 1 and self.slot == 0:
+            note("begun run")
+            pass_gate("go")
+        super().run()
+"""
+    program = pool(start, worker=worker)
+    (first,) = program.wait_ready(1)
+    noted(notes, "begun")
+    with ExitStack() as stack:
+        if order == "stop":
+            queued = [hold(program.address, stack, "", f"q{number}") for number in range(5)]
+            half = stack.enter_context(dial(program.address))
+            half.sendall(b"half")
+            program.send(signal.SIGTERM)
+            program.wait_for(patterns.STOPPING)
+            elapse(0.3)
+            program.write("go", "")
+            assert [rest(sock) for sock in queued] == [b"%d:q%d:done\n" % (first, number) for number in range(5)]
+            assert ended(half) in (b"", b"reset")
+            assert program.wait_exit().code == 0
+        else:
+            program.send(signal.SIGTERM, first)
+            program.wait_ready(2)
+            program.write("go", "")
+            program.wait_ready(1, without=[first])
+            ask(program.address)
+    program.wait_for(patterns.LEFT)
+    program.finish()
+
+
 def test_a_short_graceful_timeout(start: Start) -> None:
     """Who waits is closed within graceful_timeout, so that nobody is killed for it."""
     program = pool(start, "graceful_timeout = 1.0")
