@@ -19,8 +19,9 @@ FLOORS = (
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
-    | {"workers.sync", "workers.filter", "workers.threaded", "workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
-    | {"workers.wsgi", "workers.asgi", "workers.site"}
+    | {"workers.sync", "workers.filter", "workers.threaded"}
+    | {"workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
+    | {"workers.site", "workers.asgi", "workers.wsgi"}
     | {"workers.http", "workers.response", "workers.access", "workers.polling"},
     {"crew", "master"},
     {"service", "server", "http"},
