@@ -6,7 +6,6 @@ import functools
 import logging
 import socket
 import socketserver
-import ssl
 from time import monotonic
 from typing import Any
 
@@ -14,7 +13,7 @@ import prefork.workers.coroutines as coroutines
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.gate import Gate
-from prefork.workers.loop import LoopWorker
+from prefork.workers.loop import LoopWorker, bared
 
 log = logging.getLogger("prefork")
 
@@ -67,7 +66,7 @@ class AsyncioWorker(LoopWorker):
         loop = self.loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
-        self._tls = {id(server): _bared(server) for server in self.servers}
+        self._tls = {id(server): bared(server) for server in self.servers}
         self._gate = Gate(loop, self.acceptor, self._take, self._has_room)
         self._turning = True
         if self.draining:  # told before there was a loop to wake
@@ -212,14 +211,3 @@ async def _sent(writer: asyncio.StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(high=0)
         with contextlib.suppress(OSError):  # the client did not wait for the answer
             await writer.drain()
-
-
-def _bared(server: Any) -> dict[str, Any]:
-    """What transports of a TLS listener need; it then accepts as a plain one, for the loop does the handshake."""
-    listener = server.socket
-    if not isinstance(listener, ssl.SSLSocket):
-        return {}
-    context = listener.context
-    server.socket = socket.socket(listener.family, listener.type, listener.proto, listener.detach())
-    # A client that does not answer the end of TLS holds its connection, and a stop, for so long.
-    return {"ssl": context, "ssl_shutdown_timeout": 5.0}

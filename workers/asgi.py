@@ -16,7 +16,6 @@ import logging
 import select
 import socket
 import socketserver
-import ssl
 import sys
 from collections.abc import Iterable, Mapping
 from time import monotonic
@@ -25,12 +24,11 @@ from typing import Any
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL
 from prefork.workers.gate import Gate
-from prefork.workers.loop import LoopWorker
+from prefork.workers.loop import LoopWorker, bared
 
 log = logging.getLogger("prefork")
 
 TURN = 0.02  # seconds between two looks of a worker that leaves
-HANDSHAKE = 10.0  # seconds for a TLS handshake
 
 
 class ASGIWorker(LoopWorker):
@@ -86,7 +84,7 @@ class ASGIWorker(LoopWorker):
 
     def run(self) -> None:
         self._opening: set[asyncio.Future[Any]] = set()  # accepted, and not among the connections yet
-        self._tls = {id(server): _bared(server) for server in self.servers}
+        self._tls = {id(server): bared(server) for server in self.servers}
         self._gate = Gate(self.loop, self.acceptor, self._take, self._has_room)
         self._turning = True
         if self.draining:  # told before there was a loop to wake
@@ -258,13 +256,3 @@ def log_accesses(where: str) -> None:
     accesses.setLevel(logging.INFO)
     accesses.addHandler(handler)
     accesses.propagate = False
-
-
-def _bared(server: Any) -> dict[str, Any]:
-    """What transports of a TLS listener need; it then accepts as a plain one, for the loop does the handshake."""
-    listener = server.socket
-    if not isinstance(listener, ssl.SSLSocket):
-        return {}
-    context = listener.context
-    server.socket = socket.socket(listener.family, listener.type, listener.proto, listener.detach())
-    return {"ssl": context, "ssl_handshake_timeout": HANDSHAKE}

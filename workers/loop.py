@@ -7,6 +7,8 @@ finds a loop that does not turn.
 import asyncio
 import functools
 import logging
+import socket
+import ssl
 from time import monotonic
 from typing import Any
 
@@ -17,6 +19,8 @@ from prefork.workers.request import Request
 log = logging.getLogger("prefork")
 
 CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was interrupted
+HANDSHAKE = 10.0  # seconds that a client has for the beginning of TLS
+SHUTDOWN = 5.0  # and for its end: one that does not answer holds its connection, and a stop, for so long
 _EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop counts in milliseconds
 
 
@@ -132,3 +136,13 @@ class LoopWorker(Worker):
         """Around one request of the running task. RequestTimeout is what comes out of the `with` block."""
         seconds = (self.options.request_timeout or 0.0) if timeout is None else timeout
         return TaskRequest(self, peer, seconds) if seconds else Request(self._requests, peer, 0.0)
+
+
+def bared(server: Any) -> dict[str, Any]:
+    """What transports of a TLS listener need; it then accepts as a plain one, for the loop does the handshake."""
+    listener = server.socket
+    if not isinstance(listener, ssl.SSLSocket):
+        return {}
+    context = listener.context
+    server.socket = socket.socket(listener.family, listener.type, listener.proto, listener.detach())
+    return {"ssl": context, "ssl_handshake_timeout": HANDSHAKE, "ssl_shutdown_timeout": SHUTDOWN}
