@@ -190,7 +190,7 @@ class Server:
         wait_until(lambda: len(self.children()) >= self.workers, f"{self.workers} workers of {self.name}")
         self.wait_quiet()
 
-    def wait_quiet(self, done: Callable[[], bool] = lambda: True) -> None:
+    def wait_quiet(self, done: Callable[[], bool] = lambda: True, seconds: float = PATIENCE) -> None:
         """Until two looks in a row found the family idle, and *done* says that the work is."""
         last, idle = self.cpu_ns(), 0
 
@@ -201,7 +201,7 @@ class Server:
             last = now
             return idle >= 2 and done()
 
-        wait_until(quiet, f"{self.name} is idle")
+        wait_until(quiet, f"{self.name} is idle", seconds)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -268,14 +268,23 @@ class Load:
 
 @contextmanager
 def load(
-    program: str, server: Server, clients: int, seconds: float, *mode: str, protocol: str = "tcp"
+    program: str,
+    server: Server,
+    clients: int,
+    seconds: float,
+    *mode: str,
+    protocol: str = "tcp",
+    patience: float = PATIENCE,
 ) -> Iterator[Callable[[], Load]]:
     """Closed-loop clients of `load.c`, running inside the block; the value waits for their result."""
     command = [program, protocol, str(server.port), str(clients), str(seconds), *mode]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
 
     def result() -> Load:
-        told = json.loads(process.communicate(timeout=seconds + PATIENCE)[0])
+        try:
+            told = json.loads(process.communicate(timeout=seconds + patience)[0])
+        except (subprocess.TimeoutExpired, ValueError):  # it hangs in connect(), or ended without a word
+            raise Wrong(f"{server.name}: the clients came to no end") from None
         if told["bad"] or not told["good"]:
             raise Wrong(f"{server.name}: {told['bad']} of {told['bad'] + told['good']} replies wrong or missing")
         pids = {int(pid): count for pid, count in told["pids"].items()}

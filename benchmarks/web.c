@@ -2,9 +2,11 @@
  *
  *   web close|keep PORT CLIENTS SECONDS BODY
  *
- * close: a connection a request, which must end after the answer.  keep: each client keeps its connection; one that the
- * server closes between two answers is counted and opened anew.  An answer is right if its status is 200, its length
- * (Content-Length, or one chunk and the last one) is that of BODY, and its body is BODY.
+ * close: a connection a request, which must end after the answer.  keep: each client keeps its connection.  A server may
+ * end it, with `Connection: close` in an answer or between two of them: that is no fault, and it is opened anew, which
+ * shows in the number of those opened.
+ * An answer is right if its status is 200, its length (Content-Length, or one chunk and the last one) is that of BODY,
+ * and its body is BODY.
  * Prints one JSON object: right answers, those inside the time, faults, connections opened, and the median and the 99th
  * percentile of the time from connect (or the request) to the last byte, in milliseconds, of the first million answers.
  *
@@ -48,6 +50,12 @@ static double now(void)
     return t.tv_sec + t.tv_nsec / 1e9;
 }
 
+static void drop(struct client *c)
+{
+    close(c->fd);
+    c->fd = -1;
+}
+
 static int open_socket(struct client *c)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
@@ -61,12 +69,19 @@ static int open_socket(struct client *c)
     return epoll_ctl(events, EPOLL_CTL_ADD, c->fd, &event);
 }
 
+static int ask(struct client *c)
+{
+    return send(c->fd, request, request_size, MSG_NOSIGNAL) == (ssize_t)request_size;
+}
+
 static void begin(struct client *c)
 {
     c->received = 0;
     c->answered = 0;
     c->started = now();
-    if ((c->fd < 0 && open_socket(c)) || send(c->fd, request, request_size, MSG_NOSIGNAL) != (ssize_t)request_size) {
+    if (c->fd >= 0 && !ask(c))
+        drop(c); /* the server has closed it since its last answer */
+    if (c->fd < 0 && (open_socket(c) || !ask(c))) {
         fprintf(stderr, "web: %s\n", strerror(errno));
         exit(1);
     }
@@ -101,12 +116,6 @@ static int judge(struct client *c)
     if (strncasecmp(head_end, chunk, strlen(chunk)) || memcmp(head_end += strlen(chunk), body, body_size))
         return -1;
     return strcmp(head_end + body_size, "\r\n0\r\n\r\n") ? -1 : 1;
-}
-
-static void drop(struct client *c)
-{
-    close(c->fd);
-    c->fd = -1;
 }
 
 static void finish(struct client *c, int right)
@@ -190,6 +199,7 @@ int main(int argc, char **argv)
         for (int i = 0; i < n; i++)
             hear(ready[i].data.ptr);
         if (now() > end + PATIENCE_SECONDS) {
+            fprintf(stderr, "web: %ld of %d clients wait for an answer\n", waiting, count);
             bad += waiting;
             break;
         }
