@@ -3,9 +3,10 @@
     python benchmarks/workers.py [--reps N] [--seconds S]
 
 Programs: `echo` (64 bytes, a connection each), `slow` (the same echo while so many clients send one byte a second and
-never finish), `cpu` (about 1 ms of bytecode a request). Every pool has 2 workers, a `thread` worker 16 threads. The
-latency is that of the 8 fast clients, from connect to the last byte. A row whose fast clients got nothing says so: that
-is a figure too. `wsgi`, with as many threads, serves a hello-world; its slow clients send the head of a request.
+never finish), `check` (the same by a handler class that has `has_request()`), `cpu` (about 1 ms of bytecode a request).
+Every pool has 2 workers, a `thread` worker 16 threads. The latency is that of the 8 fast clients, from connect to the
+last byte. A row whose fast clients got nothing says so: that is a figure too. `wsgi`, with as many threads, serves a
+hello-world; its slow clients send the head of a request.
 
 Linux only; needs a C compiler for the clients. `serve CLASS PROGRAM` is what this file starts itself.
 """
@@ -32,7 +33,8 @@ from servers import ADDRESS, BACKLOG, LIFE_SECONDS, Echo, Primes, announce, coun
 
 WORKERS, THREADS, CLIENTS = 2, 16, 8
 CLASSES = ("sync", "thread", "asyncio", "wsgi")
-PROGRAMS = ("echo", "slow", "cpu")
+PROGRAMS = ("echo", "slow", "check", "cpu")
+NAMES = {"slow": "echo", "check": "echo with has_request()"}
 # How many slow clients: none to spare, one worker's worth, all but two threads, and far more than there are threads.
 SLOW = {
     "sync": (1, 1000),
@@ -51,7 +53,7 @@ def handler(kind: str, program: str) -> Any:
     if kind == "wsgi":
         return {"echo": web_app.wsgi, "slow": web_app.wsgi, "cpu": _primes}[program]
     if kind != "asyncio":
-        return {"echo": Echo, "cpu": Primes, "slow": _whole(prefork)}[program]
+        return {"echo": Echo, "cpu": Primes, "slow": _whole(prefork), "check": _checked(prefork)}[program]
 
     class AsyncEcho(prefork.AsyncStreamRequestHandler):
         async def handle(self) -> None:
@@ -82,6 +84,17 @@ def _whole(prefork: Any) -> Any:
             self.wfile.write(self.rfile.read(64))
 
     return Whole
+
+
+def _checked(prefork: Any) -> Any:
+    class Checked(_whole(prefork)):  # type: ignore[misc]
+        """Is asked, before it is given a thread, whether they are."""
+
+        @staticmethod
+        def has_request(data: bytes) -> bool:
+            return len(data) >= 64
+
+    return Checked
 
 
 def serve(kind: str, program: str) -> None:
@@ -170,8 +183,8 @@ def row(tools: Tools, kind: str, program: str, slow: int, seconds: float) -> tup
 
 def cases() -> Iterator[tuple[str, str, int]]:
     for program in PROGRAMS:
-        for kind in CLASSES:
-            for slow in SLOW[kind] if program == "slow" else (0,):
+        for kind in CLASSES if program != "check" else ("thread",):
+            for slow in {"slow": SLOW[kind], "check": (0, 1000)}.get(program, (0,)):
                 yield program, kind, slow
 
 
@@ -188,7 +201,8 @@ def table(tools: Tools, repetitions: int, seconds: float) -> Iterator[str]:
                 failed[case] = str(error)
     for (program, kind, slow), rows in found.items():
         what = {"echo": "hello", "slow": "hello"}.get(program, program) if kind == "wsgi" else program
-        name = f"{slow} slow clients, {what.replace('slow', 'echo')}" if slow else what
+        what = NAMES.get(what, what)
+        name = f"{slow} slow clients, {what}" if slow else what
         if (program, kind, slow) in failed:
             yield f"| {name} | {kind} | none: {failed[program, kind, slow]} | | | |"
             continue
