@@ -121,6 +121,45 @@ def test_child_of_the_application(start: Start) -> None:
     program.finish()
 
 
+LATE = """
+import prefork.workers.wsgi
+from kit import *
+from webapp import app
+
+class Late(prefork.workers.wsgi.WSGIWorker):
+    def run(self):
+        if self.generation == 1 and self.slot == 0:
+            note("begun run")
+            pass_gate("go")
+        super().run()
+"""
+
+
+@pytest.mark.parametrize("order", ["retire", "stop"])
+def test_told_to_leave_before_it_accepts(start: Start, notes: Notes, order: str) -> None:
+    """TERM between ready and the first wait: the worker leaves as if it had served, and a stop takes the queue."""
+    argv = ["late:app", "-b", TCP, "--worker-class", "late:Late", "-w", 1]
+    program: Program = start("prefork", *argv, files={"late.py": LATE}, env=path_of_modules()).ready()
+    (first,) = program.wait_ready(1)
+    noted(notes, "begun")
+    with Web(program.address) as queued:
+        if order == "stop":
+            queued.send(GET)
+            program.send(signal.SIGTERM)
+            program.wait_for(patterns.STOPPING)
+            elapse(0.3)
+            program.write("go", "")
+            assert queued.answer().status == 200
+            assert program.wait_exit().code == 0
+        else:
+            program.send(signal.SIGTERM, first)
+            program.wait_ready(2)
+            program.write("go", "")
+            program.wait_ready(1, without=[first])
+            assert queued.get().status == 200
+    program.finish()
+
+
 # -- changes under load ----------------------------------------------------------------------------
 
 

@@ -92,7 +92,10 @@ class PollingWorker(Limits, Worker):
         self._listeners = set(acceptor.fds)
         with select.epoll() as self._epoll:
             self._epoll.register(self._wake_read, select.EPOLLIN)
-            acceptor.poll_with(self._epoll)
+            if self.draining:
+                self._resume_at = 0.0  # told before there was an acceptor, which then has put its listener away
+            else:
+                acceptor.poll_with(self._epoll)
             if self.threads > 1:
                 for number in range(self.threads):
                     threading.Thread(target=self._serve_queue, name=f"wsgi-{number}", daemon=True).start()
