@@ -184,7 +184,7 @@ class Pool:
         victim = self._worker(pid)
         self.allow(rf"\(pid {victim.pid}, ")
         victim.kill()
-        self._until(lambda: _status(victim) in (None, psutil.STATUS_ZOMBIE), "the worker is dead")
+        self._until(lambda: not _is_alive(victim), "the worker is dead")
         return victim.pid
 
     def hang_worker(self, pid: int | None = None) -> int:
@@ -287,10 +287,7 @@ class Pool:
         """Its living children, oldest first."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            for one in psutil.Process(self.pid).children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if one.status() != psutil.STATUS_ZOMBIE:
-                        found.append(one)
+            found = [one for one in psutil.Process(self.pid).children() if _is_alive(one)]
         return sorted(found, key=lambda one: (one.create_time(), one.pid))
 
     def _worker(self, pid: int | None) -> psutil.Process:
@@ -303,7 +300,7 @@ class Pool:
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if os.getsid(pid) == self.pid and (one := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                if os.getsid(pid) == self.pid and _is_alive(one := psutil.Process(pid)):
                     found.append(one)
         return found
 
@@ -323,6 +320,10 @@ def _status(process: psutil.Process) -> str | None:
         return process.status() if process.is_running() else None
     except psutil.NoSuchProcess:
         return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return _status(process) not in (None, psutil.STATUS_ZOMBIE)
 
 
 def _is_ready(worker: psutil.Process) -> bool:
