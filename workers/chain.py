@@ -7,6 +7,7 @@ request is over when it is shut down there; daemon threads are waited for too.
 
 import socket
 import socketserver
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 from prefork.errors import OptionError, RequestTimeout
@@ -73,10 +74,14 @@ def refuse_async(handler: Any, worker_class: str) -> None:
         )
 
 
+def is_stock(server: Any, methods: Mapping[str, Any]) -> bool:
+    """Whether these of the server's methods are socketserver's own, overridden neither on its class nor on itself."""
+    return all(name not in vars(server) and getattr(type(server), name) is was for name, was in methods.items())
+
+
 def hands_over(server: Any) -> bool:
     """Whether the chain may end in another thread."""
-    kind = type(server)
-    return "process_request" in vars(server) or kind.process_request is not socketserver.BaseServer.process_request
+    return not is_stock(server, {"process_request": socketserver.BaseServer.process_request})
 
 
 def follow(worker: Accounts[A], server: Any) -> None:
@@ -152,7 +157,7 @@ def failed(server: Any, request: Any, peer: Any) -> None:
 def defer_handshake(server: Any) -> bool:
     """Whether the listener speaks TLS; its accept then leaves the handshake to whoever serves."""
     listener = server.socket
-    if not ("get_request" not in vars(server) and type(server).get_request is socketserver.TCPServer.get_request):
+    if not is_stock(server, {"get_request": socketserver.TCPServer.get_request}):
         return False
     if not getattr(listener, "do_handshake_on_connect", False):
         return False

@@ -31,7 +31,7 @@ class SyncWorker(Worker):
     def _serve_one(self, server: socketserver.BaseServer, take: Take) -> None:
         """The hot path. Everything it needs is a local name; each line here was measured."""
         shutdown = server.shutdown_request
-        verify = None if _stock(server, _VERIFIES_NOTHING) else server.verify_request
+        verify = None if chain.is_stock(server, _VERIFIES_NOTHING) else server.verify_request
         process = _shortest(server)
         ints, floats = self._board.ints, self._board.floats
         since, due, count_at, spent = (
@@ -103,9 +103,9 @@ _DATAGRAM = _CHAIN | {
 def _shortest(server: Any) -> Callable[[Any, Any], object]:
     """The cheapest call that does what the server's `process_request()` does: of the stock chain a connection passes
     through four methods, which is 2 % of what it costs, and a datagram through four that do nothing."""
-    if _stock(server, _DATAGRAM):
+    if chain.is_stock(server, _DATAGRAM):
         return lambda request, peer: server.RequestHandlerClass(request, peer, server)
-    if not _stock(server, _STREAM):
+    if not chain.is_stock(server, _STREAM):
         process: Callable[[Any, Any], object] = server.process_request
         return process
     end_of_stream = socket.SHUT_WR
@@ -119,8 +119,3 @@ def _shortest(server: Any) -> Callable[[Any, Any], object]:
         request.close()
 
     return serve
-
-
-def _stock(server: Any, methods: dict[str, Any]) -> bool:
-    """Whether these of the server's methods are socketserver's own."""
-    return all(name not in vars(server) and getattr(type(server), name) is was for name, was in methods.items())
