@@ -21,7 +21,7 @@ import pytest
 
 import prefork
 from programs2.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
-from support import Ledger, Load, Program, ask, dial, elapse, patterns, pids_serving, stop_and_start, until
+from support import Ledger, Load, Program, ask, dial, elapse, patterns, pids_serving, stop_and_start, switches, until
 
 Run = Callable[..., Load]
 
@@ -321,14 +321,6 @@ def test_each_worker_has_its_turn(start: Start, notes: Notes, loop: str) -> None
     assert jain > 0.95, served
     assert (sum(map(switches, pids)) - before) / number < 4  # the herd: 8
     program.finish()
-
-
-def switches(pid: int) -> int:
-    """How often a process went to sleep."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("voluntary_ctxt_switches"):
-            return int(line.split()[1])
-    raise AssertionError(pid)
 
 
 @both_loops

@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 import prefork
 from prefork.workers.asgi import ASGIWorker
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
-from support import Address, Program, dial, elapse, patterns, until
+from support import Address, Program, dial, elapse, patterns, switches, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -901,15 +901,10 @@ def test_everybody_has_a_share_and_nobody_wakes_up_for_nothing(start: Start) -> 
     assert set(shares) == set(workers)
     assert max(shares.values()) <= 45 and min(shares.values()) >= 15, shares
 
-    def wakings() -> int:
-        texts = [Path(f"/proc/{pid}/status").read_text() for pid in workers]
-        found = [re.search(r"\nvoluntary_ctxt_switches:\s+(\d+)", text) for text in texts]
-        return sum(int(match[1]) for match in found if match)
-
     elapse(0.3)
-    before = wakings()
+    before = sum(map(switches, workers))
     elapse(1.0)
-    assert wakings() - before <= 1
+    assert sum(map(switches, workers)) - before <= 1
     program.finish()
 
 

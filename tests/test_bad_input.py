@@ -6,7 +6,6 @@ import signal
 import socket
 import socketserver
 import stat
-import struct
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import pytest
 import prefork
 from programs2.scripts import TCP, Notes, Start, launch, noted, path_of_modules, rest
 from support import Program, ask, descriptors, dial, patterns, pids_serving, until
-from support.clients import hear
+from support.clients import hear, reset
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -263,12 +262,6 @@ def served(start: Start, kind: str = "PreforkTCPServer", handler: str = "Handler
 
 
 STREAMS = ["PreforkTCPServer", "PreforkUnixStreamServer"]
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with a RST (socket(7), SO_LINGER 0)."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 @pytest.mark.parametrize("kind", STREAMS)

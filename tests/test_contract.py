@@ -21,7 +21,7 @@ import pytest
 
 import prefork
 from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
-from support import Address, ask, children, descriptors, dial, elapse, patterns, pids_serving, title, until
+from support import Address, ask, children, descriptors, dial, elapse, patterns, pids_serving, switches, title, until
 from support.clients import hear
 from support.processes import alive
 
@@ -792,12 +792,6 @@ def test_service_actions(start: Start, notes: Notes) -> None:
     program.wait_for("service_actions\\(\\) raised", number=2)
     ask(program.address)
     program.finish()
-
-
-def switches(pid: int) -> int:
-    """How often a process went to sleep by itself so far."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("voluntary_ctxt_switches"))
 
 
 def test_no_wake_ups(start: Start) -> None:

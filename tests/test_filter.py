@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import ssl
-import struct
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -14,7 +13,23 @@ from typing import Any
 import pytest
 
 from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
-from support import Address, Ledger, Load, Program, account, ask, children, descriptors, dial, elapse, patterns, until
+from support import (
+    Address,
+    Ledger,
+    Load,
+    Program,
+    account,
+    ask,
+    children,
+    descriptors,
+    dial,
+    elapse,
+    patterns,
+    switches,
+    threads_of,
+    until,
+)
+from support.clients import reset
 
 Run = Callable[..., Load]
 
@@ -98,23 +113,6 @@ class Slow:
 
 def answers(worker: int, number: int, name: bytes = b"slow") -> list[bytes]:
     return [b"%d:%s-%d:done\n" % (worker, name, index) for index in range(number)]
-
-
-def threads_of(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/task"))
-
-
-def switches(pid: int) -> int:
-    total = 0
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        for line in Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines():
-            total += int(line.split()[1]) if line.startswith("voluntary_ctxt_switches") else 0
-    return total
-
-
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 def ended(sock: socket.socket) -> bytes:

@@ -13,7 +13,21 @@ from typing import Any
 import pytest
 
 from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
-from support import Ledger, Load, Program, ask, children, dial, elapse, patterns, processes, stop_and_start, until
+from support import (
+    Ledger,
+    Load,
+    Program,
+    ask,
+    children,
+    dial,
+    elapse,
+    patterns,
+    processes,
+    stop_and_start,
+    switches,
+    threads_of,
+    until,
+)
 
 Run = Callable[..., Load]
 
@@ -81,18 +95,6 @@ def reports(notes: Notes, number: int = 1, timeout: float = 10.0) -> list[dict[s
     found = until(whole, timeout, "whole reports")
     assert found is not None
     return found
-
-
-def threads_of(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/task"))
-
-
-def switches(pid: int) -> int:
-    total = 0
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        for line in Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines():
-            total += int(line.split()[1]) if line.startswith("voluntary_ctxt_switches") else 0
-    return total
 
 
 # -- several at once -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from programs2.scripts import Notes, Start, hold, launch, noted, rest
-from support import Ledger, Load, account, ask, dial, elapse, patterns, pids_serving, title, until
+from support import Ledger, Load, account, ask, dial, elapse, patterns, pids_serving, switches, title, until
 
 Run = Callable[..., Load]
 
@@ -519,11 +519,6 @@ def _descriptor(pid: int, *paths: object) -> str:
         if os.readlink(f"/proc/{pid}/fd/{name}") in map(str, paths):
             return f"/proc/{pid}/fd/{name}"
     raise AssertionError(f"none of {paths} is open in {pid}")
-
-
-def switches(pid: int) -> int:
-    with open(f"/proc/{pid}/status", encoding="utf-8") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith("voluntary_ctxt_switches"))
 
 
 CLOSES = """

@@ -8,7 +8,7 @@ from . import patterns
 from .clients import Address, Reply, ask, converse, dial, pids_serving, queue_up
 from .control import Times, within
 from .ledger import Ledger, Load, Loss, Tally, account, stop_and_start
-from .processes import Process, children, descriptors, private_memory, session, state, title
+from .processes import Process, children, descriptors, private_memory, session, state, switches, threads_of, title
 from .program import PROGRAMS, Exit, Program
 from .waiting import elapse, until
 
@@ -38,6 +38,8 @@ __all__ = [
     "session",
     "state",
     "stop_and_start",
+    "switches",
+    "threads_of",
     "title",
     "until",
     "within",

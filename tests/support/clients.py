@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -86,6 +87,12 @@ def dial(address: Address, timeout: float = 5.0) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with a RST (socket(7), SO_LINGER 0)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 def hear(sock: socket.socket, address: Address) -> bytes:

@@ -38,6 +38,20 @@ def state(pid: int) -> str:
     return process.state if process else ""
 
 
+def threads_of(pid: int) -> int:
+    """How many threads a process has."""
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def switches(pid: int) -> int:
+    """How often the threads of a process went to sleep by themselves so far."""
+    total = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/status", encoding="utf-8") as file:
+            total += sum(int(line.split()[1]) for line in file if line.startswith("voluntary_ctxt_switches"))
+    return total
+
+
 def alive(pid: int) -> bool:
     """Whether `pid` runs; a zombie does not."""
     process = read(pid)
