@@ -46,6 +46,7 @@ class Slot:
         self.floats = view.cast("d")
         self.peer = view[PEER * 8 :]
         self._header = header.cast("Q")
+        self._shown: object = None
         self._host: object = ""  # whose text is there already
 
     @classmethod
@@ -58,6 +59,9 @@ class Slot:
 
     def set_peer(self, peer: object) -> None:
         """Store a client's address for people. The hot path stores host and port by itself."""
+        if peer is self._shown:
+            return
+        self._shown = peer
         if type(peer) is tuple and len(peer) > 1:
             host, port = peer[0], peer[1]
             if host == self._host and type(port) is int:

@@ -492,6 +492,19 @@ def test_answers_of_a_wrong_length(start: Start, web: Dial) -> None:
     program.finish()
 
 
+def test_headers_by_the_thousand(start: Start, web: Dial) -> None:
+    """Any number of different headers go out as the application gave them, and what is wrong in one of them is found
+    however often others of its name were right."""
+    program = serve(start, allow=TRACE)
+    client = web(program)
+    for number in range(1500):
+        answer = client.get(f"/header/X-{number % 1100}={number}")
+        assert (answer.status, answer.headers[f"x-{number % 1100}"]) == (200, str(number))
+    assert client.get("/header/X-Split=well").status == 200
+    assert client.get("/split").status == 500
+    program.finish()
+
+
 FAULTS = (
     *("/raise", "/twice", "/never", "/text", "/split", "/badstatus/OK", "/badstatus/2000 Long", "/badstatus/100 Wait"),
     *("/header/Connection=close", "/header/transfer-encoding=chunked", "/header/Keep-Alive=1", "/header/Up grade=1"),

@@ -12,7 +12,7 @@ import pytest
 
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, elapse, patterns, until
-from support.web import KeepAlive, Web
+from support.web import KeepAlive, Unanswered, Web
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -281,8 +281,9 @@ def test_django(start: Start) -> None:
     program.finish()
 
 
-def test_program_of_ones_own(start: Start) -> None:
-    """In a program the application stands where the handler class does; verify_request() is asked."""
+@pytest.mark.parametrize("where", ["in the class", "on the server"])
+def test_program_of_ones_own(start: Start, where: str) -> None:
+    """In a program the application stands where the handler class does; verify_request() is asked, wherever it is."""
     program = launch(
         start,
         """
@@ -293,15 +294,22 @@ def test_program_of_ones_own(start: Start) -> None:
             workers = 2
             keepalive_timeout = 1
 
-            def verify_request(self, request, client_address):
-                return client_address[0] == "127.0.0.1"
+        def verify_request(*arguments):
+            return not (HOME / "shut").exists()
 
+        if WHERE == "in the class":
+            Site.verify_request = verify_request
         with Site(("127.0.0.1", 0), app) as server:
+            if WHERE == "on the server":
+                server.verify_request = verify_request
             server.serve_forever()
-        """,
+        """.replace("WHERE", repr(where)),
     ).ready()
     with Web(program.address) as client:
         assert client.get().status == 200
+    program.write("shut", "")
+    with Web(program.address) as client, pytest.raises((Unanswered, ConnectionResetError)):
+        client.get()
     program.finish()
 
 

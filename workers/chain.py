@@ -7,7 +7,7 @@ request is over when it is shut down there; daemon threads are waited for too.
 
 import socket
 import socketserver
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from prefork.errors import OptionError, RequestTimeout
@@ -77,6 +77,14 @@ def refuse_async(handler: Any, worker_class: str) -> None:
 def is_stock(server: Any, methods: Mapping[str, Any]) -> bool:
     """Whether these of the server's methods are socketserver's own, overridden neither on its class nor on itself."""
     return all(name not in vars(server) and getattr(type(server), name) is was for name, was in methods.items())
+
+
+def verifier(server: Any) -> Callable[[Any, Any], bool] | None:
+    """The server's `verify_request()`; None where it is the stock one, which lets everybody in."""
+    if is_stock(server, {"verify_request": socketserver.BaseServer.verify_request}):
+        return None
+    verify: Callable[[Any, Any], bool] = server.verify_request
+    return verify
 
 
 def hands_over(server: Any) -> bool:

@@ -73,9 +73,11 @@ class Site:
     __slots__ = ("application", "base", "keys", "limits", "line", "max_body", "verify")
 
     def __init__(self, application: Callable[..., Any], base: dict[str, Any], limits: Limits, max_body: int) -> None:
-        self.application, self.base, self.limits, self.max_body = application, base, limits, max_body or LAST
+        self.application, self.limits, self.max_body = application, limits, max_body or LAST
+        self.base = base | {"SERVER_PROTOCOL": "HTTP/1.1"}
         self.verify: Callable[[Any, Any], bool] | None = None
-        self.line, self.keys = limits.MAX_LINE, limits.MAX_FIELDS + len(base) + 5  # what a request adds beside headers
+        # What a request adds beside headers are method, path, query, and its client's port.
+        self.line, self.keys = limits.MAX_LINE, limits.MAX_FIELDS + len(self.base) + 4
 
 
 class Request:
@@ -117,7 +119,7 @@ class Connection:
             "site",
             "sock",
         ),
-        *("_environ", "_head", "_parser", "_repeated", "_replaying", "_switches", "_target"),
+        *("_environ", "_head", "_parser", "_port", "_repeated", "_replaying", "_switches", "_target"),
     )
 
     def __init__(self, site: Site, sock: socket.socket, peer: Any) -> None:
@@ -130,6 +132,7 @@ class Connection:
         self.broken = self.parked = self.handed = self._replaying = self._switches = False
         self._repeated = 0
         self._environ: dict[str, Any] | None = None
+        self._port = str(peer[1]) if type(peer) is tuple else ""
         self._parser = httptools.HttpRequestParser(self)
 
     # -- bytes in --------------------------------------------------------------------------------------------------
@@ -209,25 +212,24 @@ class Connection:
         if environ is None or self._replaying:
             return
         parser = self._parser
-        version = parser.get_http_version()
-        http11 = version == "1.1"
-        if not http11 and version != "1.0":
-            self._refuse(505)
-        if http11 and "HTTP_HOST" not in environ:
+        http11 = True
+        if (version := parser.get_http_version()) != "1.1":
+            if version != "1.0":
+                self._refuse(505)
+            http11 = False
+            environ["SERVER_PROTOCOL"] = "HTTP/1.0"
+        elif "HTTP_HOST" not in environ:
             self._refuse(400)
         environ["REQUEST_METHOD"] = method = parser.get_method().decode()
-        environ["SERVER_PROTOCOL"] = "HTTP/1.1" if http11 else "HTTP/1.0"
-        peer = self.peer
-        if type(peer) is tuple:
-            environ["REMOTE_ADDR"] = peer[0]
-            environ["REMOTE_PORT"] = str(peer[1])
+        if self._port:
+            environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.peer[0], self._port
         target = self._target
-        if target[:1] == b"/" and b"#" not in target:
-            path, _, query = target.partition(b"?")
-            if b"%" in path:
-                path = unquote_to_bytes(path)
-            environ["PATH_INFO"] = path.decode("latin-1")
-            environ["QUERY_STRING"] = query.decode("latin-1")
+        text = target.decode("latin-1")
+        if text[:1] == "/" and "#" not in text:
+            path, _, environ["QUERY_STRING"] = text.partition("?")
+            if "%" in path:
+                path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
+            environ["PATH_INFO"] = path
         else:
             self._locate(environ, target)
         # It is only right in here: afterwards the parser has forgotten the Connection header.
@@ -238,7 +240,8 @@ class Connection:
             if environ["HTTP_EXPECT"].lower() != "100-continue":
                 self._refuse(417)
             request.expects = request.early = True
-        self._switches = "HTTP_UPGRADE" in environ and parser.should_upgrade()
+        if "HTTP_UPGRADE" in environ:
+            self._switches = parser.should_upgrade()
         if len(environ) > self.site.keys:
             self._refuse(431)
         self._head = self._repeated = 0

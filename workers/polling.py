@@ -62,7 +62,7 @@ class PollingWorker(Limits, Worker):
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sites = {server: self.site(server) for server in self.servers}
         self._connections: dict[int, Connection] = {}  # those that wait, by descriptor
-        self._clock = Clock(self.SERVER)
+        self.clock = Clock(self.SERVER)
         self._idle = self.options.keepalive_timeout
         self._tick = min(self.TICK, max(0.02, self._idle / 4)) if self._idle else self.TICK
         # How long a connection may be in a phase.
@@ -233,20 +233,14 @@ class PollingWorker(Limits, Worker):
             self._receive(connection, data)
 
     def _receive(self, connection: Connection, data: bytes) -> None:
+        """Serve it, hand it over, or wait on: as much as has come of it allows."""
         if not data:
             self.close(connection)
-        elif connection.phase == LINGER:
+            return
+        if connection.phase == LINGER:
             self.park(connection)
-        else:
-            if connection.phase == IDLE:
-                connection.phase = HEAD
-                if connection.served:
-                    connection.deadline = monotonic() + self._patience[HEAD]
-            connection.feed(data)
-            self._go_on(connection)
-
-    def _go_on(self, connection: Connection) -> None:
-        """Serve it, hand it over, or wait on: as much as has come of it allows."""
+            return
+        connection.feed(data)
         requests = connection.requests
         if requests and (requests[0].complete or requests[0].early):
             if self.threads == 1:
@@ -255,8 +249,13 @@ class PollingWorker(Limits, Worker):
                 self._hand_over(connection)
         elif connection.fault:
             self.turn_away(connection, connection.fault)
+        elif requests:
+            self.park(connection, BODY if connection.phase != BODY else None)
+        elif connection.phase == IDLE and connection.served:
+            self.park(connection, HEAD)
         else:
-            self.park(connection, BODY if requests and connection.phase == HEAD else None)
+            connection.phase = HEAD  # since the connection
+            self.park(connection)
 
     def park(self, connection: Connection, phase: int | None = None) -> None:
         """Wait for more of it: in a new phase, with its time, or (None) as before."""
@@ -295,7 +294,7 @@ class PollingWorker(Limits, Worker):
         return len(self._connections) < self.options.max_connections
 
     def turn_away(self, connection: Connection, status: int) -> None:
-        head, body = refusal(status, self._clock)
+        head, body = refusal(status, self.clock)
         with contextlib.suppress(OSError):
             connection.sock.send(head + body, DONTWAIT)
         self.linger(connection)

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from time import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from wsgiref.handlers import format_date_time
 
 from prefork.workers.http import DONTWAIT, FAULTS, Connection, Request
@@ -23,16 +23,18 @@ log = logging.getLogger("prefork")
 MORE = getattr(socket, "MSG_MORE", 0)
 _JOIN = 65536  # bytes: parts are copied together up to this, to save a system call
 
-_PLAIN, _LENGTH, _DATE, _SERVER, _HOP = range(1, 6)
+_PLAIN, _LENGTH, _DATE, _SERVER, _HOP = range(5)
 # PEP 3333: an application must not use HTTP/1.1's hop-by-hop features.
 _HOPS = ("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "TE", "Trailers", "Trailer")
 _KINDS = {"content-length": _LENGTH, "date": _DATE, "server": _SERVER}
 _KINDS |= {name.lower(): _HOP for name in (*_HOPS, "Transfer-Encoding", "Upgrade")}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STATUS = re.compile(r"[2-9][0-9][0-9] [\t -~\x80-\xff]*")
-_names: dict[str, int] = {}
-_statuses: dict[str, tuple[str, bool]] = {}
-_LEARNED = 1000  # names and statuses are the application's choice: not more than so many are remembered
+# Lines that were checked and encoded once: an application says mostly the same again.
+_statuses: dict[str, tuple[bytes, bool]] = {}
+_headers: dict[tuple[str, str], tuple[int, bytes]] = {}
+_LEARNED = 1000  # they are the application's choice: not more than so many are remembered,
+_SHORT = 256  # and none that has more bytes
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
@@ -54,30 +56,37 @@ class FileWrapper:
 
 
 class Clock:
-    """The Date header, made once a second."""
+    """The Date header, made once a second: `look()` when it is `until`."""
 
     def __init__(self, server: str) -> None:
-        self._server = f"Server: {server}\r\n" if server else ""
-        self._until = 0.0
-        self.date = self.both = ""
+        self.server = f"Server: {server}\r\n".encode("latin-1") if server else b""
+        self.until = 0.0
+        self.date = self.both = b""
 
     def look(self) -> None:
         now = time()
-        if now >= self._until:
-            self._until = int(now) + 1
-            self.date = f"Date: {format_date_time(now)}\r\n"
-            self.both = self._server + self.date
+        if now >= self.until:
+            self.until = int(now) + 1
+            self.date = f"Date: {format_date_time(now)}\r\n".encode("latin-1")
+            self.both = self.server + self.date
 
 
 def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
     """Head and body of an error of the server's own, after which the connection is closed."""
     body = f"{FAULTS[status]}\n"
     clock.look()
-    head = (
-        f"HTTP/1.1 {status} {FAULTS[status]}\r\n{clock.both}Content-Type: text/plain\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode("latin-1"), body.encode("latin-1")
+    rest = f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return f"HTTP/1.1 {status} {FAULTS[status]}\r\n".encode("latin-1") + clock.both + rest.encode(
+        "latin-1"
+    ), body.encode("latin-1")
+
+
+class Host(Protocol):
+    """What a response asks of its worker: the Date, and whether a connection may be used again."""
+
+    clock: Clock
+
+    def may_keep(self, connection: Connection) -> bool: ...
 
 
 class Response:
@@ -88,14 +97,12 @@ class Response:
     """
 
     __slots__ = (
-        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_clock", "_connection", "_dated"),
-        *("_head", "_length", "_may_keep", "_request", "_served"),
+        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_connection", "_dated", "_host"),
+        *("_length", "_lines", "_request", "_served"),
     )
 
-    def __init__(
-        self, connection: Connection, request: Request, clock: Clock, may_keep: Callable[[Connection], bool]
-    ) -> None:
-        self._connection, self._request, self._clock, self._may_keep = connection, request, clock, may_keep
+    def __init__(self, connection: Connection, request: Request, host: Host) -> None:
+        self._connection, self._request, self._host = connection, request, host
         self.begun = self.excess = self.keep = self._chunked = False
         self.sent = 0
         self.status = ""
@@ -115,32 +122,23 @@ class Response:
                 exc_info = None  # or it would hold its own frame
         elif self.status:
             raise AssertionError("start_response() was called again, without exc_info")
-        known = _statuses.get(status) or _learn_status(status)
-        line, bare = known
+        line, bare = _statuses.get(status) or _status_line(status)
         length, dated, served = -1, False, False
-        parts = [line]
+        lines = [line]
         for name, value in headers:
-            kind = _names.get(name) or _learn_name(name)
-            if kind != _PLAIN:
+            kind, line = _headers.get((name, value)) or _header_line(name, value)
+            if kind:
                 if kind == _LENGTH:
-                    if not (value.isascii() and value.isdigit()):
-                        raise ValueError(f"Content-Length: {value!r} is no length")
                     length = int(value)
                     if bare and not status.startswith("304"):
                         continue
                 elif kind == _DATE:
                     dated = True
-                elif kind == _SERVER:
-                    served = True
                 else:
-                    raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
-            parts.append(name + ": " + value + "\r\n")
-        head = "".join(parts)
-        lines = len(parts)
-        if head.count("\n") != lines or head.count("\r") != lines or "\0" in head:
-            raise ValueError("a response header contains a control character")
-        self._head = head.encode("latin-1")
-        self.status, self._bare, self._length, self._dated, self._served = status, bare, length, dated, served
+                    served = True
+            lines.append(line)
+        self.status, self._lines, self._bare = status, lines, bare
+        self._length, self._dated, self._served = length, dated, served
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -176,16 +174,16 @@ class Response:
     def run(self, application: Callable[..., Any], environ: dict[str, Any]) -> None:
         """Call the application, and send what it gives. Its exceptions are raised, after its `close()`."""
         result = application(environ, self.start)
+        kind = type(result)
+        if (kind is list or kind is tuple) and not self.begun:
+            self._send_whole(result)
+            return
         try:
-            kind = type(result)
-            if (kind is list or kind is tuple) and not self.begun:
-                self._send_whole(result)
-            else:
-                if kind is FileWrapper and self._send_file(result):
-                    return
-                for data in result:
-                    self.write(data)
-                self._end()
+            if kind is FileWrapper and self._send_file(result):
+                return
+            for data in result:
+                self.write(data)
+            self._end()
         finally:
             if hasattr(result, "close"):
                 result.close()
@@ -199,7 +197,7 @@ class Response:
         """Answer with an error of the server's own, and no more on this connection."""
         self.begun, self.keep, self._length = True, False, -1
         self.status = f"{status} {FAULTS[status]}"
-        head, body = refusal(status, self._clock)
+        head, body = refusal(status, self._host.clock)
         if self._request.method != "HEAD":
             head += body
             self.sent = len(body)
@@ -227,7 +225,7 @@ class Response:
         if self._head_only() or (0 <= self._length != size) or (size and not data):
             if self.status and self._length < 0 and not self._bare and size:
                 self._length = size
-                self._head += b"Content-Length: %d\r\n" % size
+                self._lines.append(b"Content-Length: %d\r\n" % size)
             for data in parts:
                 self.write(data)
             self._end()
@@ -235,35 +233,42 @@ class Response:
         self.sent = size
         head = self._begin(size)
         # With nothing to close nothing delays the end of the stream, which may then share its segment.
-        self._send(head, data, more=not self.keep)
+        if size <= _JOIN:
+            self._push(head + data, DONTWAIT if self.keep else DONTWAIT | MORE)
+        else:
+            self._send(head, data, more=not self.keep)
 
     def _begin(self, size: int) -> bytes:
         """The head, complete. `size` is that of the whole body where it is known, else -1."""
-        request, connection = self._request, self._connection
-        keep = request.keep and request.complete and self._may_keep(connection)
-        clock = self._clock
-        clock.look()
+        request, lines, host = self._request, self._lines, self._host
+        keep = request.keep and request.complete and host.may_keep(self._connection)
+        clock = host.clock
+        if time() >= clock.until:
+            clock.look()
         if not self._dated and not self._served:
-            own = clock.both
-        else:
-            own = ("" if self._dated else clock.date) + ("" if self._served else clock.both.removesuffix(clock.date))
+            lines.append(clock.both)
+        elif not self._dated:
+            lines.append(clock.date)
+        elif not self._served:
+            lines.append(clock.server)
         if self._length < 0 and not self._bare:
             if size >= 0:
                 self._length = size
-                own += f"Content-Length: {size}\r\n"
+                lines.append(b"Content-Length: %d\r\n" % size)
             elif request.method == "HEAD":
                 pass
             elif request.http11:
                 self._chunked = True
-                own += "Transfer-Encoding: chunked\r\n"
+                lines.append(b"Transfer-Encoding: chunked\r\n")
             else:
                 keep = False
         if not keep:
-            own += "Connection: close\r\n"
+            lines.append(b"Connection: close\r\n")
         elif not request.http11:
-            own += "Connection: keep-alive\r\n"
+            lines.append(b"Connection: keep-alive\r\n")
+        lines.append(b"\r\n")
         self.begun, self.keep = True, keep
-        return self._head + own.encode("latin-1") + b"\r\n"
+        return b"".join(lines)
 
     def _end(self) -> None:
         head_only = self._head_only()
@@ -346,20 +351,29 @@ class Response:
             raise Gone("the client took nothing for too long")
 
 
-def _learn_status(status: str) -> tuple[str, bool]:
-    """Its line, and whether such an answer has no body."""
+def _status_line(status: str) -> tuple[bytes, bool]:
+    """It, and whether such an answer has no body."""
     if not isinstance(status, str) or not _STATUS.fullmatch(status):
         raise ValueError(f"start_response: {status!r} is no status; it is a text such as '200 OK'")
-    known = f"HTTP/1.1 {status}\r\n", status[:3] in ("204", "304")
-    if len(_statuses) < _LEARNED:
+    known = f"HTTP/1.1 {status}\r\n".encode("latin-1"), status[:3] in ("204", "304")
+    if len(_statuses) < _LEARNED and len(status) < _SHORT:
         _statuses[status] = known
     return known
 
 
-def _learn_name(name: str) -> int:
+def _header_line(name: str, value: str) -> tuple[int, bytes]:
+    """It, and what kind of header it is."""
     if not isinstance(name, str) or not _TOKEN.fullmatch(name):
         raise ValueError(f"start_response: {name!r} is no name of a header")
+    line = f"{name}: {value}\r\n"
     kind = _KINDS.get(name.lower(), _PLAIN)
-    if len(_names) < _LEARNED:
-        _names[name] = kind
-    return kind
+    if "\n" in value or "\r" in value or "\0" in value:
+        raise ValueError(f"{name}: a response header contains a control character")
+    if kind == _HOP:
+        raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
+    if kind == _LENGTH and not (value.isascii() and value.isdigit()):
+        raise ValueError(f"Content-Length: {value!r} is no length")
+    known = kind, line.encode("latin-1")
+    if len(_headers) < _LEARNED and len(line) < _SHORT:
+        _headers[name, value] = known
+    return known

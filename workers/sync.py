@@ -31,7 +31,7 @@ class SyncWorker(Worker):
     def _serve_one(self, server: socketserver.BaseServer, take: Take) -> None:
         """The hot path. Everything it needs is a local name; each line here was measured."""
         shutdown = server.shutdown_request
-        verify = None if chain.is_stock(server, _VERIFIES_NOTHING) else server.verify_request
+        verify = chain.verifier(server)
         process = _shortest(server)
         ints, floats = self._board.ints, self._board.floats
         since, due, count_at, spent = (
@@ -85,7 +85,6 @@ class SyncWorker(Worker):
                 self._look(count, end)
 
 
-_VERIFIES_NOTHING = {"verify_request": socketserver.BaseServer.verify_request}
 _CHAIN = {
     "process_request": socketserver.BaseServer.process_request,
     "finish_request": socketserver.BaseServer.finish_request,

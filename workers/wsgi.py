@@ -7,15 +7,16 @@ import contextlib
 import logging
 import select
 import socket
-import socketserver
 import struct
 import sys
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
+from time import monotonic
 from typing import Any
 
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
+from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, REQUESTS
 from prefork.workers.child import Seat
 
 try:
@@ -60,6 +61,7 @@ class WSGIWorker(PollingWorker):
     def __init__(self, servers: Sequence[Any], seat: Seat) -> None:
         super().__init__(servers, seat)
         self._access = AccessLog(self.options.access_log) if self.options.access_log else None
+        self._count, self._spent = 0, 0.0  # requests, and seconds in them
 
     def site(self, server: Any) -> Site:
         address = server.socket.getsockname()
@@ -83,8 +85,7 @@ class WSGIWorker(PollingWorker):
             "REMOTE_ADDR": "",
         }
         site = Site(server.RequestHandlerClass, base, self, self.options.max_body)
-        if type(server).verify_request is not socketserver.BaseServer.verify_request:
-            site.verify = server.verify_request
+        site.verify = chain.verifier(server)
         return site
 
     def serve(self, connection: Connection) -> None:
@@ -93,7 +94,7 @@ class WSGIWorker(PollingWorker):
         while requests and (requests[0].complete or requests[0].early):
             request = requests[0]
             connection.served += 1
-            response = Response(connection, request, self._clock, self._may_keep)
+            response = Response(connection, request, self)
             try:
                 self._answer(connection, request, response)
             finally:
@@ -108,16 +109,21 @@ class WSGIWorker(PollingWorker):
             self.park(connection, BODY if requests else HEAD if connection.midway else IDLE)
 
     def _answer(self, connection: Connection, request: Request, response: Response) -> None:
-        if request.complete:
-            body: Any = BytesIO(b"".join(request.body))
+        if not request.complete:
+            body: Any = BufferedReader(Body(connection, request, response.continue_), READ)
+        elif request.body:
+            body = BytesIO(b"".join(request.body))
         else:
-            body = BufferedReader(Body(connection, request, response.continue_), READ)
+            body = BytesIO()
         request.environ["wsgi.input"] = body
         try:
-            with self.serving(connection.peer):
-                if connection.handed:
-                    self.begun(connection)
-                response.run(connection.site.application, request.environ)
+            if self.threads == 1:
+                self._run_alone(connection, request, response)
+            else:
+                with self.serving(connection.peer):
+                    if connection.handed:
+                        self.begun(connection)
+                    response.run(connection.site.application, request.environ)
         except Gone:
             connection.broken = True
             response.keep = False
@@ -129,6 +135,28 @@ class WSGIWorker(PollingWorker):
         finally:
             if self._access:
                 self._access.write(connection, request, response)
+
+    def _run_alone(self, connection: Connection, request: Request, response: Response) -> None:
+        """What `serving()` does, for a thread that has one request at a time and is the only one (as in `sync`)."""
+        board, timeout = self._board, self._timeout
+        floats = board.floats
+        start = monotonic()
+        floats[BUSY_SINCE] = start
+        board.set_peer(connection.peer)
+        try:
+            if timeout:
+                floats[DEADLINE] = start + timeout
+            response.run(connection.site.application, request.environ)
+        finally:
+            floats[DEADLINE] = 0.0  # from here on no RequestTimeout can come
+            end = monotonic()
+            self._count = count = self._count + 1
+            self._spent = spent = self._spent + end - start
+            board.ints[REQUESTS] = count
+            floats[BUSY_TIME] = spent
+            floats[BUSY_SINCE] = 0.0
+            if count >= self._limit:
+                self._look(count, end)
 
     def _fail(self, connection: Connection, request: Request, response: Response, error: Exception) -> None:
         """The application raised. The client is told so if nothing was sent, and else by the connection's end."""
@@ -147,7 +175,7 @@ class WSGIWorker(PollingWorker):
             with contextlib.suppress(Gone):
                 response.fail(status)
 
-    def _may_keep(self, connection: Connection) -> bool:
+    def may_keep(self, connection: Connection) -> bool:
         return self._idle > 0.0 and not self.draining and connection.served < self.MAX_KEPT
 
     def _let_go(self, connection: Connection, request: Request) -> None:
