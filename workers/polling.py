@@ -90,6 +90,9 @@ class PollingWorker(Limits, Worker):
     def run(self) -> None:
         acceptor = self.acceptor
         self._listeners = set(acceptor.fds)
+        for server, site in self._sites.items():
+            if site.verify is None:
+                acceptor.take_bare(server)
         with select.epoll() as self._epoll:
             self._epoll.register(self._wake_read, select.EPOLLIN)
             if self.draining:
@@ -112,7 +115,7 @@ class PollingWorker(Limits, Worker):
         """Wait for whatever comes, and serve it."""
         connections, threads = self._connections, self.threads
         room = _BATCH if threads == 1 else threads - self._at_work
-        watched = bool(connections or self._at_work or self._resume_at < NEVER)
+        watched = connections or self._at_work or self._resume_at < NEVER
         tick = self._tick if self._resume_at == NEVER else PAUSE
         if room > 0:
             for fd, _ in self._epoll.poll(tick if watched else -1, room):

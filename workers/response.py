@@ -222,7 +222,7 @@ class Response:
             if not all(type(part) is bytes for part in parts):
                 raise TypeError("an application must give bytes")
             data = b"".join(parts) if size <= _JOIN else b""
-        if self._head_only() or (0 <= self._length != size) or (size and not data):
+        if self._head_only() or 0 <= self._length != size or (size and not data):
             if self.status and self._length < 0 and not self._bare and size:
                 self._length = size
                 self._lines.append(b"Content-Length: %d\r\n" % size)
