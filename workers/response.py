@@ -30,11 +30,12 @@ _KINDS = {"content-length": _LENGTH, "date": _DATE, "server": _SERVER}
 _KINDS |= {name.lower(): _HOP for name in (*_HOPS, "Transfer-Encoding", "Upgrade")}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STATUS = re.compile(r"[2-9][0-9][0-9] [\t -~\x80-\xff]*")
-# Lines that were checked and encoded once: an application says mostly the same again.
-_statuses: dict[str, tuple[bytes, bool]] = {}
-_headers: dict[tuple[str, str], tuple[int, bytes]] = {}
-_LEARNED = 1000  # they are the application's choice: not more than so many are remembered,
-_SHORT = 256  # and none that has more bytes
+# What was checked and encoded once, by what the application said: it mostly says the same again. When there are too
+# many they are all forgotten, so that those come back which are in use.
+_names: dict[str, int] = {}
+_heads: dict[tuple[Any, ...], tuple[bytes, bool, int, bool, bool]] = {}
+_LEARNED = 256
+_SHORT = 1024  # bytes of a head that is remembered
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
@@ -97,8 +98,8 @@ class Response:
     """
 
     __slots__ = (
-        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_connection", "_dated", "_host"),
-        *("_length", "_lines", "_request", "_served"),
+        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_connection", "_dated", "_head"),
+        *("_host", "_length", "_request", "_served"),
     )
 
     def __init__(self, connection: Connection, request: Request, host: Host) -> None:
@@ -106,6 +107,7 @@ class Response:
         self.begun = self.excess = self.keep = self._chunked = False
         self.sent = 0
         self.status = ""
+        self._bare = True  # as long as there is no status
         self._length = -1
 
     # -- what the application calls --------------------------------------------------------------------------------
@@ -122,23 +124,13 @@ class Response:
                 exc_info = None  # or it would hold its own frame
         elif self.status:
             raise AssertionError("start_response() was called again, without exc_info")
-        line, bare = _statuses.get(status) or _status_line(status)
-        length, dated, served = -1, False, False
-        lines = [line]
-        for name, value in headers:
-            kind, line = _headers.get((name, value)) or _header_line(name, value)
-            if kind:
-                if kind == _LENGTH:
-                    length = int(value)
-                    if bare and not status.startswith("304"):
-                        continue
-                elif kind == _DATE:
-                    dated = True
-                else:
-                    served = True
-            lines.append(line)
-        self.status, self._lines, self._bare = status, lines, bare
-        self._length, self._dated, self._served = length, dated, served
+        said = (status, *headers)
+        try:
+            known = _heads.get(said)
+        except TypeError:  # a header that is a list
+            known = None
+        self._head, self._bare, self._length, self._dated, self._served = known or _learn(said)
+        self.status = status
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -222,10 +214,10 @@ class Response:
             if not all(type(part) is bytes for part in parts):
                 raise TypeError("an application must give bytes")
             data = b"".join(parts) if size <= _JOIN else b""
-        if self._head_only() or 0 <= self._length != size or (size and not data):
+        if self._bare or self._request.method == "HEAD" or 0 <= self._length != size or (size and not data):
             if self.status and self._length < 0 and not self._bare and size:
                 self._length = size
-                self._lines.append(b"Content-Length: %d\r\n" % size)
+                self._head += b"Content-Length: %d\r\n" % size
             for data in parts:
                 self.write(data)
             self._end()
@@ -240,35 +232,31 @@ class Response:
 
     def _begin(self, size: int) -> bytes:
         """The head, complete. `size` is that of the whole body where it is known, else -1."""
-        request, lines, host = self._request, self._lines, self._host
+        request, host = self._request, self._host
         keep = request.keep and request.complete and host.may_keep(self._connection)
         clock = host.clock
         if time() >= clock.until:
             clock.look()
-        if not self._dated and not self._served:
-            lines.append(clock.both)
-        elif not self._dated:
-            lines.append(clock.date)
-        elif not self._served:
-            lines.append(clock.server)
+        own = clock.both
+        if self._dated or self._served:
+            own = (b"" if self._dated else clock.date) + (b"" if self._served else clock.server)
         if self._length < 0 and not self._bare:
             if size >= 0:
                 self._length = size
-                lines.append(b"Content-Length: %d\r\n" % size)
+                own += b"Content-Length: %d\r\n" % size
             elif request.method == "HEAD":
                 pass
             elif request.http11:
                 self._chunked = True
-                lines.append(b"Transfer-Encoding: chunked\r\n")
+                own += b"Transfer-Encoding: chunked\r\n"
             else:
                 keep = False
         if not keep:
-            lines.append(b"Connection: close\r\n")
+            own += b"Connection: close\r\n"
         elif not request.http11:
-            lines.append(b"Connection: keep-alive\r\n")
-        lines.append(b"\r\n")
+            own += b"Connection: keep-alive\r\n"
         self.begun, self.keep = True, keep
-        return b"".join(lines)
+        return self._head + own + b"\r\n"
 
     def _end(self) -> None:
         head_only = self._head_only()
@@ -351,29 +339,44 @@ class Response:
             raise Gone("the client took nothing for too long")
 
 
-def _status_line(status: str) -> tuple[bytes, bool]:
-    """It, and whether such an answer has no body."""
+def _learn(said: tuple[Any, ...]) -> tuple[bytes, bool, int, bool, bool]:
+    """Check what an application said in its start_response(status, headers), and remember it: the head, whether such an
+    answer has no body, its Content-Length (-1: not said), whether it has a Date and a Server of its own."""
+    status, *headers = said
     if not isinstance(status, str) or not _STATUS.fullmatch(status):
         raise ValueError(f"start_response: {status!r} is no status; it is a text such as '200 OK'")
-    known = f"HTTP/1.1 {status}\r\n".encode("latin-1"), status[:3] in ("204", "304")
-    if len(_statuses) < _LEARNED and len(status) < _SHORT:
-        _statuses[status] = known
+    bare = status[:3] in ("204", "304")
+    length, dated, served = -1, False, False
+    lines = [f"HTTP/1.1 {status}\r\n"]
+    for name, value in headers:
+        kind = _kind(name)
+        if kind == _LENGTH:
+            if not (value.isascii() and value.isdigit()):
+                raise ValueError(f"Content-Length: {value!r} is no length")
+            length = int(value)
+            if bare and not status.startswith("304"):
+                continue
+        dated, served = dated or kind == _DATE, served or kind == _SERVER
+        lines.append(name + ": " + value + "\r\n")
+    head = "".join(lines)
+    if not head.count("\n") == head.count("\r") == len(lines) or "\0" in head:
+        raise ValueError("a response header contains a control character")
+    known = head.encode("latin-1"), bare, length, dated, served
+    if len(head) < _SHORT:
+        if len(_heads) >= _LEARNED:
+            _heads.clear()
+        _heads[status, *map(tuple, headers)] = known
     return known
 
 
-def _header_line(name: str, value: str) -> tuple[int, bytes]:
-    """It, and what kind of header it is."""
-    if not isinstance(name, str) or not _TOKEN.fullmatch(name):
-        raise ValueError(f"start_response: {name!r} is no name of a header")
-    line = f"{name}: {value}\r\n"
-    kind = _KINDS.get(name.lower(), _PLAIN)
-    if "\n" in value or "\r" in value or "\0" in value:
-        raise ValueError(f"{name}: a response header contains a control character")
-    if kind == _HOP:
-        raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
-    if kind == _LENGTH and not (value.isascii() and value.isdigit()):
-        raise ValueError(f"Content-Length: {value!r} is no length")
-    known = kind, line.encode("latin-1")
-    if len(_headers) < _LEARNED and len(line) < _SHORT:
-        _headers[name, value] = known
-    return known
+def _kind(name: str) -> int:
+    kind = _names.get(name)
+    if kind is None:
+        if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+            raise ValueError(f"start_response: {name!r} is no name of a header")
+        kind = _KINDS.get(name.lower(), _PLAIN)
+        if kind == _HOP:
+            raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
+        if len(_names) < _LEARNED:
+            _names[name] = kind
+    return kind

@@ -148,7 +148,8 @@ class WSGIWorker(PollingWorker):
                 floats[DEADLINE] = start + timeout
             response.run(connection.site.application, request.environ)
         finally:
-            floats[DEADLINE] = 0.0  # from here on no RequestTimeout can come
+            if timeout:
+                floats[DEADLINE] = 0.0  # from here on no RequestTimeout can come
             end = monotonic()
             self._count = count = self._count + 1
             self._spent = spent = self._spent + end - start
