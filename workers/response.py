@@ -30,12 +30,13 @@ _KINDS = {"content-length": _LENGTH, "date": _DATE, "server": _SERVER}
 _KINDS |= {name.lower(): _HOP for name in (*_HOPS, "Transfer-Encoding", "Upgrade")}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STATUS = re.compile(r"[2-9][0-9][0-9] [\t -~\x80-\xff]*")
-# What was checked and encoded once, by what the application said: it mostly says the same again. When there are too
-# many they are all forgotten, so that those come back which are in use.
+# Lines that were checked and encoded once: an application says mostly the same again. By line, for one that is new each
+# time must not cost more than itself. Where there are too many all are forgotten, and those in use come back.
 _names: dict[str, int] = {}
-_heads: dict[tuple[Any, ...], tuple[bytes, bool, int, bool, bool]] = {}
-_LEARNED = 256
-_SHORT = 1024  # bytes of a head that is remembered
+_statuses: dict[str, tuple[bytes, bool]] = {}
+_headers: dict[tuple[str, str], tuple[int, bytes]] = {}
+_LEARNED = 1000
+_SHORT = 256  # bytes of a line that is remembered
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
@@ -67,9 +68,9 @@ class Clock:
     def look(self) -> None:
         now = time()
         if now >= self.until:
-            self.until = int(now) + 1
             self.date = f"Date: {format_date_time(now)}\r\n".encode("latin-1")
             self.both = self.server + self.date
+            self.until = int(now) + 1  # last: other threads take what is there until then
 
 
 def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
@@ -98,8 +99,8 @@ class Response:
     """
 
     __slots__ = (
-        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_connection", "_dated", "_head"),
-        *("_host", "_length", "_request", "_served"),
+        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_connection", "_dated", "_host"),
+        *("_length", "_lines", "_request", "_served"),
     )
 
     def __init__(self, connection: Connection, request: Request, host: Host) -> None:
@@ -124,13 +125,23 @@ class Response:
                 exc_info = None  # or it would hold its own frame
         elif self.status:
             raise AssertionError("start_response() was called again, without exc_info")
-        said = (status, *headers)
-        try:
-            known = _heads.get(said)
-        except TypeError:  # a header that is a list
-            known = None
-        self._head, self._bare, self._length, self._dated, self._served = known or _learn(said)
-        self.status = status
+        line, bare = _statuses.get(status) or _status_line(status)
+        length, dated, served = -1, False, False
+        lines = [line]
+        for name, value in headers:
+            kind, line = _headers.get((name, value)) or _header_line(name, value)
+            if kind:
+                if kind == _LENGTH:
+                    length = int(value)
+                    if bare and not status.startswith("304"):
+                        continue
+                elif kind == _DATE:
+                    dated = True
+                else:
+                    served = True
+            lines.append(line)
+        self.status, self._lines, self._bare = status, lines, bare
+        self._length, self._dated, self._served = length, dated, served
         return self.write
 
     def write(self, data: bytes) -> None:
@@ -214,10 +225,10 @@ class Response:
             if not all(type(part) is bytes for part in parts):
                 raise TypeError("an application must give bytes")
             data = b"".join(parts) if size <= _JOIN else b""
-        if self._bare or self._request.method == "HEAD" or 0 <= self._length != size or (size and not data):
+        if self._head_only() or 0 <= self._length != size or (size and not data):
             if self.status and self._length < 0 and not self._bare and size:
                 self._length = size
-                self._head += b"Content-Length: %d\r\n" % size
+                self._lines.append(b"Content-Length: %d\r\n" % size)
             for data in parts:
                 self.write(data)
             self._end()
@@ -232,31 +243,35 @@ class Response:
 
     def _begin(self, size: int) -> bytes:
         """The head, complete. `size` is that of the whole body where it is known, else -1."""
-        request, host = self._request, self._host
+        request, lines, host = self._request, self._lines, self._host
         keep = request.keep and request.complete and host.may_keep(self._connection)
         clock = host.clock
         if time() >= clock.until:
             clock.look()
-        own = clock.both
-        if self._dated or self._served:
-            own = (b"" if self._dated else clock.date) + (b"" if self._served else clock.server)
+        if not self._dated and not self._served:
+            lines.append(clock.both)
+        elif not self._dated:
+            lines.append(clock.date)
+        elif not self._served:
+            lines.append(clock.server)
         if self._length < 0 and not self._bare:
             if size >= 0:
                 self._length = size
-                own += b"Content-Length: %d\r\n" % size
+                lines.append(b"Content-Length: %d\r\n" % size)
             elif request.method == "HEAD":
                 pass
             elif request.http11:
                 self._chunked = True
-                own += b"Transfer-Encoding: chunked\r\n"
+                lines.append(b"Transfer-Encoding: chunked\r\n")
             else:
                 keep = False
         if not keep:
-            own += b"Connection: close\r\n"
+            lines.append(b"Connection: close\r\n")
         elif not request.http11:
-            own += b"Connection: keep-alive\r\n"
+            lines.append(b"Connection: keep-alive\r\n")
+        lines.append(b"\r\n")
         self.begun, self.keep = True, keep
-        return self._head + own + b"\r\n"
+        return b"".join(lines)
 
     def _end(self) -> None:
         head_only = self._head_only()
@@ -339,44 +354,44 @@ class Response:
             raise Gone("the client took nothing for too long")
 
 
-def _learn(said: tuple[Any, ...]) -> tuple[bytes, bool, int, bool, bool]:
-    """Check what an application said in its start_response(status, headers), and remember it: the head, whether such an
-    answer has no body, its Content-Length (-1: not said), whether it has a Date and a Server of its own."""
-    status, *headers = said
+def _status_line(status: str) -> tuple[bytes, bool]:
+    """It, and whether such an answer has no body."""
     if not isinstance(status, str) or not _STATUS.fullmatch(status):
         raise ValueError(f"start_response: {status!r} is no status; it is a text such as '200 OK'")
-    bare = status[:3] in ("204", "304")
-    length, dated, served = -1, False, False
-    lines = [f"HTTP/1.1 {status}\r\n"]
-    for name, value in headers:
-        kind = _kind(name)
-        if kind == _LENGTH:
-            if not (value.isascii() and value.isdigit()):
-                raise ValueError(f"Content-Length: {value!r} is no length")
-            length = int(value)
-            if bare and not status.startswith("304"):
-                continue
-        dated, served = dated or kind == _DATE, served or kind == _SERVER
-        lines.append(name + ": " + value + "\r\n")
-    head = "".join(lines)
-    if not head.count("\n") == head.count("\r") == len(lines) or "\0" in head:
-        raise ValueError("a response header contains a control character")
-    known = head.encode("latin-1"), bare, length, dated, served
-    if len(head) < _SHORT:
-        if len(_heads) >= _LEARNED:
-            _heads.clear()
-        _heads[status, *map(tuple, headers)] = known
+    known = ("HTTP/1.1 " + status + "\r\n").encode("latin-1"), status[:3] in ("204", "304")
+    if type(status) is str and len(status) < _SHORT:  # a class of one's own may be equal to what it is not
+        _room(_statuses)[status] = known
     return known
 
 
-def _kind(name: str) -> int:
+def _header_line(name: str, value: str) -> tuple[int, bytes]:
+    """It, and what kind of header it is."""
     kind = _names.get(name)
     if kind is None:
-        if not isinstance(name, str) or not _TOKEN.fullmatch(name):
-            raise ValueError(f"start_response: {name!r} is no name of a header")
-        kind = _KINDS.get(name.lower(), _PLAIN)
-        if kind == _HOP:
-            raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
-        if len(_names) < _LEARNED:
-            _names[name] = kind
+        kind = _learn_name(name)
+    line = name + ": " + value + "\r\n"
+    if "\n" in value or "\r" in value or "\0" in value:
+        raise ValueError(f"{name}: a response header contains a control character")
+    if kind == _LENGTH and not (value.isascii() and value.isdigit()):
+        raise ValueError(f"Content-Length: {value!r} is no length")
+    known = kind, line.encode("latin-1")
+    if type(name) is type(value) is str and len(line) < _SHORT:
+        _room(_headers)[name, value] = known
+    return known
+
+
+def _learn_name(name: str) -> int:
+    if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+        raise ValueError(f"start_response: {name!r} is no name of a header")
+    kind = _KINDS.get(name.lower(), _PLAIN)
+    if kind == _HOP:
+        raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
+    if type(name) is str and len(name) < _SHORT:
+        _room(_names)[name] = kind
     return kind
+
+
+def _room(learned: dict[Any, Any]) -> dict[Any, Any]:
+    if len(learned) >= _LEARNED:
+        learned.clear()
+    return learned
