@@ -132,7 +132,7 @@ class Connection:
         self.broken = self.parked = self.handed = self._replaying = self._switches = False
         self._repeated = 0
         self._environ: dict[str, Any] | None = None
-        self._port = str(peer[1]) if type(peer) is tuple else ""
+        self._port = str(peer[1]) if type(peer) is tuple and len(peer) > 1 else ""
         self._parser = httptools.HttpRequestParser(self)
 
     # -- bytes in --------------------------------------------------------------------------------------------------

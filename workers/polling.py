@@ -121,7 +121,8 @@ class PollingWorker(Limits, Worker):
             for fd, _ in self._epoll.poll(tick if watched else -1, room):
                 connection = connections.get(fd)
                 if connection is not None:
-                    self._read(connection)
+                    if connection.deadline < NEVER:  # or a thread has it, since its time was over in an earlier turn
+                        self._read(connection)
                 elif fd in self._listeners:
                     self._take(fd)
                 elif fd == self._wake_read:
@@ -197,7 +198,7 @@ class PollingWorker(Limits, Worker):
         """
         self._tick, self._tick_at = _LEAVING_TICK, 0.0
         with self._counts:
-            for one in self._connections.values():
+            for one in list(self._connections.values()):
                 if one.phase == IDLE:
                     one.deadline += self.LAST_WORD - self._idle if one.served else self.FIRST_WORD - self.HEAD_TIMEOUT
                 elif one.phase == LINGER:
@@ -207,6 +208,10 @@ class PollingWorker(Limits, Worker):
         with self._counts:
             self._counts.wait_for(lambda: not self._queued)
         self.finish()
+        with (
+            self._counts
+        ):  # a request is over before its thread has given its connection back; one that is late never is
+            self._counts.wait_for(lambda: not self._at_work, self.LAST_WORD)
         self._wait_out()
 
     def _wait_out(self) -> None:
@@ -218,12 +223,21 @@ class PollingWorker(Limits, Worker):
     def _welcome(self, server: Any, sock: socket.socket, peer: Any) -> None:
         """A new connection. Its request is nearly always there, so it is read at once."""
         site = self._sites[server]
-        if site.verify is not None and not site.verify(sock, peer):
+        if site.verify is not None and not self._is_welcome(server, sock, peer):
             sock.close()
             return
+        if sock.gettimeout() is not None:  # the program's default timeout, with which MSG_DONTWAIT waits all the same
+            sock.settimeout(None)
         connection = Connection(site, sock, peer)
         connection.deadline = monotonic() + self.HEAD_TIMEOUT
         self._read(connection)
+
+    def _is_welcome(self, server: Any, sock: socket.socket, peer: Any) -> bool:
+        try:
+            return bool(server.verify_request(sock, peer))
+        except Exception:
+            server.handle_error(sock, peer)
+            return False
 
     def _read(self, connection: Connection) -> None:
         try:
@@ -345,7 +359,7 @@ class PollingWorker(Limits, Worker):
     def _waiting(self) -> list[Connection]:
         """Those that nobody serves."""
         with self._counts:
-            return [one for one in self._connections.values() if one.deadline < NEVER]
+            return [one for one in list(self._connections.values()) if one.deadline < NEVER]
 
     def _hand_over(self, connection: Connection) -> None:
         connection.deadline, connection.handed = NEVER, True
