@@ -143,6 +143,22 @@ class Requests:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
 
+    def adopt(self, count: int, spent: float, thread: int) -> Request:
+        """Take over the accounts of a loop that kept them by itself, with the request that it has in hand, if any."""
+        with self.lock:
+            self.count, self.spent = count, spent
+            floats = self.board.floats
+            one = Request(self, "", 0.0)
+            one.start, one.deadline, one.thread = floats[scoreboard.BUSY_SINCE], floats[scoreboard.DEADLINE], thread
+            if one.start:
+                self.open[one] = None
+                self.shown = one
+                if one.deadline:
+                    self.odd[one] = None
+        if thread == get_ident():
+            current.set(one)
+        return one
+
     def earliest(self) -> float:
         """The earliest deadline of what is in hand and not late. Those of equal timeouts are in their order already."""
         first = next(iter(self.due), None)

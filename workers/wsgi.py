@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
 from time import monotonic
@@ -18,6 +19,7 @@ import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, REQUESTS
 from prefork.workers.child import Seat
+from prefork.workers.request import Request as Accounted
 
 try:
     from prefork.workers.access import AccessLog
@@ -61,7 +63,9 @@ class WSGIWorker(PollingWorker):
     def __init__(self, servers: Sequence[Any], seat: Seat) -> None:
         super().__init__(servers, seat)
         self._access = AccessLog(self.options.access_log) if self.options.access_log else None
+        self._alone = self.threads == 1  # nobody else has a request in hand; then the accounts are simple:
         self._count, self._spent = 0, 0.0  # requests, and seconds in them
+        self._adopted: Accounted | None = None  # the request in which that ended
 
     def site(self, server: Any) -> Site:
         address = server.socket.getsockname()
@@ -98,7 +102,7 @@ class WSGIWorker(PollingWorker):
             try:
                 self._answer(connection, request, response)
             finally:
-                if not response.keep:
+                if not response.keep and not self._disowned:
                     self._let_go(connection, request)
             if not response.keep:
                 return
@@ -117,7 +121,7 @@ class WSGIWorker(PollingWorker):
             body = BytesIO()
         request.environ["wsgi.input"] = body
         try:
-            if self.threads == 1:
+            if self._alone:
                 self._run_alone(connection, request, response)
             else:
                 with self.serving(connection.peer):
@@ -130,7 +134,8 @@ class WSGIWorker(PollingWorker):
         except Exception as error:
             self._fail(connection, request, response, error)
         except BaseException:
-            self._tell(response, 500)
+            if not self._disowned:  # else it is the end of a process that the application has forked
+                self._tell(response, 500)
             raise
         finally:
             if self._access:
@@ -148,16 +153,26 @@ class WSGIWorker(PollingWorker):
                 floats[DEADLINE] = start + timeout
             response.run(connection.site.application, request.environ)
         finally:
-            if timeout:
-                floats[DEADLINE] = 0.0  # from here on no RequestTimeout can come
-            end = monotonic()
-            self._count = count = self._count + 1
-            self._spent = spent = self._spent + end - start
-            board.ints[REQUESTS] = count
-            floats[BUSY_TIME] = spent
-            floats[BUSY_SINCE] = 0.0
-            if count >= self._limit:
-                self._look(count, end)
+            if self._alone and not self._disowned:
+                if timeout:
+                    floats[DEADLINE] = 0.0  # from here on no RequestTimeout can come
+                end = monotonic()
+                self._count = count = self._count + 1
+                self._spent = spent = self._spent + end - start
+                board.ints[REQUESTS] = count
+                floats[BUSY_TIME] = spent
+                floats[BUSY_SINCE] = 0.0
+                if count >= self._limit:
+                    self._look(count, end)
+            elif self._adopted is not None:
+                self._adopted.end()
+
+    def serving(self, peer: object = "", timeout: float | None = None) -> Accounted:
+        """As that of every worker. An application that has requests of its own has them counted among all others."""
+        if self._alone:
+            self._alone = False
+            self._adopted = self._requests.adopt(self._count, self._spent, threading.main_thread().ident or 0)
+        return super().serving(peer, timeout)
 
     def _fail(self, connection: Connection, request: Request, response: Response, error: Exception) -> None:
         """The application raised. The client is told so if nothing was sent, and else by the connection's end."""
