@@ -218,8 +218,18 @@ class Acceptor:
     def take_bare(self, server: Any) -> None:
         """Have `try_take()` give out connections of this server as `socket.SocketType`, 0.3 us cheaper than the class
         that adds makefile() to it; where `get_request()` is the server's own, as before."""
-        fd = _listener(server).fileno()
-        self._takers[fd] = server, taker(server, self._board, socket.SocketType)
+        self._make_by(socket.SocketType, server)
+
+    def take_told(self) -> None:
+        """Have `try_take()` give out connections whose family and type are attributes of their class: uvloop asks each
+        for them three times, and socket.socket makes an enum at every question, 0.85 us each."""
+        for server in [server for server, _ in self._takers.values() if server.socket_type == socket.SOCK_STREAM]:
+            listener = _listener(server)
+            told = {"__slots__": (), "family": listener.family, "type": listener.type}
+            self._make_by(type("socket", (socket.socket,), told), server)
+
+    def _make_by(self, make: Callable[..., Any], server: Any) -> None:
+        self._takers[_listener(server).fileno()] = server, taker(server, self._board, make)
 
     def poll_without(self, epoll: "select.epoll") -> None:
         """Wait for them no more."""

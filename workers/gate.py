@@ -51,6 +51,7 @@ class Gate:
         self._loop, self._acceptor, self._take, self._has_room = loop, acceptor, take, has_room
         self._is_open = self._paused = False
         self._epoll = _epoll_of(loop)
+        acceptor.take_told()
         self._more = {fd: select.poll() for fd in acceptor.fds}  # asking costs a tenth of a vain accept
         for fd, poll in self._more.items():
             os.set_blocking(fd, False)
