@@ -16,6 +16,7 @@ from prefork.errors import RequestTimeout
 from prefork.options import Options
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
+from prefork.workers.loop import LoopWorker
 
 TIMEOUT = 30.0
 
@@ -23,12 +24,12 @@ TIMEOUT = 30.0
 class Bench:
     """A worker in this process, that is in no pool, and the master's view of its slot."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, kind: type[Worker] = Worker, **values: Any) -> None:
         self.board = scoreboard.Scoreboard()
         self.uplink, write = os.pipe()
         self.server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         options = Options({"workers": 1, "request_timeout": TIMEOUT, **values})
-        self.worker = Worker([self.server], Seat(0, 1, options, self.board.slot(0), -1, write, "", 1))
+        self.worker = kind([self.server], Seat(0, 1, options, self.board.slot(0), -1, write, "", 1))
         self.worker._ready = True
         self.fds = [self.uplink, write]
 
@@ -94,6 +95,27 @@ def test_the_oldest_is_shown(bench: Bench) -> None:
     assert bench.peer == "10.0.0.1:3" and near(bench.due_in, TIMEOUT)
     third.end()
     assert bench.idle and bench.requests == 3
+
+
+def test_in_a_loop() -> None:
+    """Where nothing has a deadline, requests of an event loop are shown and counted as others are."""
+    bench = Bench(LoopWorker, request_timeout=None, max_requests=3, max_requests_jitter=0)
+    first, second, third = (bench.worker.serving(client(port)).begin() for port in (1, 2, 3))
+    assert bench.peer == "10.0.0.1:1" and bench.due_in is None
+    bench.worker.extend_deadline(5)
+    assert bench.due_in is None
+    second.end()
+    assert bench.peer == "10.0.0.1:1"
+    first.end()
+    first.end()
+    assert bench.peer == "10.0.0.1:3" and bench.requests == 2
+    spent = bench.board.read(0, monotonic()).busy_time
+    linger(monotonic() + 0.02)
+    third.end()
+    assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
+    assert bench.idle and bench.requests == 3 and not bench.worker._requests.open
+    assert lifeline.WORN in bench.said()
+    bench.close()
 
 
 def test_clients_of_every_kind(bench: Bench) -> None:

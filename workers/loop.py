@@ -14,7 +14,7 @@ from typing import Any
 
 from prefork.errors import RequestTimeout
 from prefork.workers.base import Worker
-from prefork.workers.request import Request
+from prefork.workers.request import FreeRequest, Request
 
 log = logging.getLogger("prefork")
 
@@ -133,9 +133,10 @@ class LoopWorker(Worker):
         self.recycle("a request does not end")
 
     def serving(self, peer: object = "", timeout: float | None = None) -> Request:
-        """Around one request of the running task. RequestTimeout is what comes out of the `with` block."""
+        """Around one request of the running task, so in the loop's thread. RequestTimeout is what comes out of the
+        `with` block."""
         seconds = (self.options.request_timeout or 0.0) if timeout is None else timeout
-        return TaskRequest(self, peer, seconds) if seconds else Request(self._requests, peer, 0.0)
+        return TaskRequest(self, peer, seconds) if seconds else FreeRequest(self._requests, peer, 0.0)
 
 
 def bared(server: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from threading import get_ident
 from time import monotonic
 
 import prefork.scoreboard as scoreboard
+from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, REQUESTS
 
 
 class Request:
@@ -104,7 +105,47 @@ class Request:
             self._among.move(self, monotonic() + seconds)
 
 
-# The request that the running thread, or the running task of an event loop, has in hand.
+class FreeRequest(Request):
+    """One without a deadline, of a worker whose requests all begin and end in one thread. Nobody interrupts it or moves
+    its deadline: it takes no lock, and nobody has to find it, which is a third less than another costs.
+    """
+
+    __slots__ = ()
+
+    def begin(self) -> "FreeRequest":
+        among = self._among
+        self.start = monotonic()
+        among.open[self] = None
+        if among.shown is None:
+            among.show(self)
+        return self
+
+    __enter__ = begin
+
+    def end(self, kind: object = None, error: object = None, trace: object = None) -> None:
+        among, end = self._among, monotonic()
+        open = among.open
+        if self not in open:
+            return
+        del open[self]
+        among.count = count = among.count + 1
+        among.spent = spent = among.spent + end - self.start
+        board = among.board
+        board.ints[REQUESTS] = count
+        board.floats[BUSY_TIME] = spent
+        if among.shown is self:
+            if open:
+                among.show(next(iter(open)))
+            else:
+                among.shown = None
+                board.floats[BUSY_SINCE] = 0.0
+        if count >= among.limit:
+            among.look(count, end)
+
+    __exit__ = end
+
+
+# The request that the running thread, or the running task of an event loop, has in hand; no FreeRequest.
 current: contextvars.ContextVar[Request | None] = contextvars.ContextVar("prefork_request", default=None)
 
 
