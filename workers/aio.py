@@ -127,7 +127,7 @@ class AsyncioWorker(LoopWorker):
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         self._room.set()
-        self._gate.watch()
+        self._gate.freed()
 
     async def _take_rest(self) -> None:
         """The last look, so that no wake-up is lost that the kernel gave to this worker alone; or the whole queue."""

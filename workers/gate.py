@@ -5,6 +5,10 @@ to get it. So each listener that the loop watches is taken out of the loop's epo
 behind the loop's back but to the same end: it tells the loop what the loop asked for. (A second epoll with exclusive
 listeners, watched by the first, wakes the herd again: the kernel passes exclusiveness on to waiters only.)
 
+Who has taken something leaves the line while that goes through the loop, and joins it again at the end. So others have
+their turn, nobody is woken for what a busy one would take, and those that came meanwhile are taken together: they are
+then made, read and served together as well, and the same code for several in a row costs a tenth less than in between.
+
 Without an epoll that can be reached the herd wakes up, and the kernel's answer to all but one is EAGAIN.
 """
 
@@ -34,7 +38,7 @@ class Gate:
         Called in the loop with the descriptor of a listener that is readable: take one there, by `try_take()` and with
         its errors. Returns whether there was one.
     has_room
-        Whether there is room for another. Where that has changed, and not by `take`: `watch()`.
+        Whether there is room for another. Where that may have changed, and not by `take`: `freed()`.
 
     To be read: `over`, a future that is done when the gate is closed for good; it has the error if that is because the
     program has closed a listener.
@@ -52,10 +56,16 @@ class Gate:
         self._is_open = self._paused = False
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
+        self._outside: set[int] = set()  # listeners whose line it has left
         self._more = {fd: select.poll() for fd in acceptor.fds}  # asking costs a tenth of a vain accept
         for fd, poll in self._more.items():
             os.set_blocking(fd, False)
             poll.register(fd, select.POLLIN)
+
+    def freed(self) -> None:
+        """There may be room again. Asked after each connection, so it costs something only where there was none."""
+        if not self._is_open:
+            self.watch()
 
     def watch(self) -> None:
         """Open or close, as there is room or not."""
@@ -67,6 +77,7 @@ class Gate:
                     self._loop.add_reader(fd, self._ready, fd)
                     self._step_back(fd)
                 else:
+                    self._outside.discard(fd)
                     self._loop.remove_reader(fd)
 
     def end(self) -> None:
@@ -86,26 +97,55 @@ class Gate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
+        more, taken = self._more[fd].poll, 0
         try:
-            for _ in range(BATCH):
-                if not (self._take(fd) and self._has_room() and self._more[fd].poll(0)):
+            while self._take(fd):
+                taken += 1
+                if not self._has_room():
+                    self.watch()
+                    return
+                if taken == BATCH or not more(0):
                     break
         except OSError as error:
             if error.errno in FULL:
                 self._acceptor.say_full(error)
                 self._paused = True
                 self._loop.call_later(PAUSE, self._resume)
-            elif not self.over.done():
-                self.over.set_exception(error)  # the program has closed the listener
+                self.watch()
+            else:
+                self._fail(error)
+        if taken:
+            self._step_out(fd)
+
+    def _fail(self, error: OSError) -> None:
+        """The program has closed a listener."""
+        if not self.over.done():
+            self.over.set_exception(error)
         self.watch()
-        self._step_back(fd)
 
     def _resume(self) -> None:
         self._paused = False
         self.watch()
 
+    def _step_out(self, fd: int) -> None:
+        """Out of the kernel's line for three turns of the loop: a connection is made, read from, and served."""
+        if self._is_open and self._epoll is not None:
+            self._epoll.unregister(fd)
+            self._outside.add(fd)
+            soon = self._loop.call_soon
+            soon(soon, soon, self._rejoin, fd)
+
+    def _rejoin(self, fd: int) -> None:
+        """To the end of the line; unless the loop does not watch it any more, or does so anew."""
+        if fd in self._outside and self._epoll is not None:
+            self._outside.discard(fd)
+            try:
+                self._epoll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            except OSError as error:
+                self._fail(error)
+
     def _step_back(self, fd: int) -> None:
-        """To the end of the kernel's line. This is also what makes a listener exclusive.
+        """To the end of the kernel's line, which makes a listener exclusive that the loop has begun to watch.
 
         Never before the loop has put it into its epoll, which libuv does only when it next waits: libuv aborts if it
         finds it there. So it is taken out first, which fails where it is not in yet.
