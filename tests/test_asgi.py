@@ -152,6 +152,18 @@ class Plain(prefork.workers.asgi.ASGIWorker):
 
     def new_loop(self):
         return asyncio.SelectorEventLoop()
+
+class Hesitates(asyncio.SelectorEventLoop):
+    async def connect_accepted_socket(self, protocol_factory, sock, **options):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        if (HOME / "gone").exists():
+            raise ConnectionResetError("ordered trouble")
+        return await super().connect_accepted_socket(protocol_factory, sock, **options)
+
+class Hesitant(prefork.workers.asgi.ASGIWorker):
+    def new_loop(self):
+        return Hesitates()
 """
 
 
@@ -403,7 +415,8 @@ def test_unix(start: Start) -> None:
 
 
 def test_tls(start: Start, certificate: tuple[Path, Path]) -> None:
-    """A TLS listener is served; a client that is silent in the handshake holds up nobody."""
+    """A TLS listener is served; a client that is silent in the handshake holds up nobody, and one that fails in it
+    gives its place back."""
     cert, key = certificate
     body = f"""
 import ssl
@@ -413,10 +426,16 @@ with Pool(("127.0.0.1", 0), app) as server:
     context.load_cert_chain({str(cert)!r}, {str(key)!r})
     server.socket = context.wrap_socket(server.socket, server_side=True)
     server.workers = 1
+    server.max_connections = 3
     server.serve_forever()
 """
     program = launch(start, PROGRAM + body).ready()
     context = ssl.create_default_context(cafile=str(cert))
+    for _ in range(5):
+        with dial(program.address) as failing, contextlib.suppress(ConnectionResetError):
+            failing.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while failing.recv(100):
+                pass
     with dial(program.address), contextlib.closing(Client(program.address)) as client:
         client.sock = context.wrap_socket(dial(program.address), server_hostname="localhost")
         assert client.get("/client").endswith("https")
@@ -858,6 +877,34 @@ def test_one_connection_at_once(start: Start, load: Callable[..., HTTPLoad]) -> 
     clients.more(200)
     assert program.stop().code == 0
     assert not clients.stop().lost
+    program.finish()
+
+
+@pytest.mark.parametrize("kind", ["asgi", "app:Plain"])
+def test_room_for_one_at_two_listeners(start: Start, load: Callable[..., HTTPLoad], kind: str) -> None:
+    """A worker that is full and has room again, all the time and at once for two listeners, serves the clients of
+    both."""
+    program = serve(start, "-b", TCP, "-b", "unix:{run}/s", "-w", 1, "--max-connections", 2, kind=kind)
+    loads = [load(address, clients=4, keep=False) for address in program.addresses]
+    for clients in loads:
+        clients.more(200)
+    assert program.stop().code == 0
+    for clients in loads:
+        assert not clients.stop().lost
+    program.finish()
+
+
+def test_a_loop_that_hesitates(start: Start, notes: Notes) -> None:
+    """A loop may wait for what it likes until a connection is one; one that does not become one gives its place
+    back."""
+    program = serve(start, "-w", 1, "--max-connections", 2, kind="app:Hesitant")
+    assert get(program, "/version") == "one"
+    program.write("gone", "")
+    for _ in range(5):
+        with dial(program.address) as gone:
+            assert gone.recv(1) == b""
+    (program.work / "gone").unlink()
+    assert get(program, "/version") == "one"
     program.finish()
 
 
