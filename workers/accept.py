@@ -223,7 +223,7 @@ class Acceptor:
     def take_told(self) -> None:
         """Have `try_take()` give out connections whose family and type are attributes of their class: uvloop asks each
         for them three times, and socket.socket makes an enum at every question, 0.85 us each."""
-        for server in [server for server, _ in self._takers.values() if server.socket_type == socket.SOCK_STREAM]:
+        for server in [server for server, _ in self._takers.values() if _listener(server).type == socket.SOCK_STREAM]:
             listener = _listener(server)
             told = {"__slots__": (), "family": listener.family, "type": listener.type}
             self._make_by(type("socket", (socket.socket,), told), server)
