@@ -24,7 +24,7 @@ class Request:
 
     __slots__ = ("_among", "deadline", "late", "peer", "start", "thread", "timeout")
 
-    def __init__(self, among: "Requests", peer: object, timeout: float) -> None:
+    def __init__(self, among: "Requests", peer: object, timeout: float = 0.0) -> None:
         self._among, self.peer, self.timeout, self.deadline = among, peer, timeout, 0.0
         self.thread = 0  # in no thread's hands
         self.late = False  # nobody waits for it any more

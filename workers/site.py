@@ -34,6 +34,9 @@ class Accounts(Protocol):
 
     options: Options
 
+    @property
+    def _free(self) -> Callable[[object], Any]: ...
+
     def serving(self, peer: object = "", timeout: float | None = None) -> Any: ...
 
 
@@ -104,11 +107,11 @@ class Site:
         self.state = State(self.config)
         self.closing = not options.keepalive_timeout  # whether each connection is to end with the next reply
         self._app: Any = self.config.loaded_app
-        self._serving = worker.serving
+        self._serving, self._free = worker.serving, worker._free
         self._loop = asyncio.get_running_loop()
         self.lifespan = Lifespan(self._app, self.config)
         self.lifespan.state["prefork_worker"] = worker  # every scope has a copy of this dictionary
-        self.config.loaded_app = self._serve
+        self.config.loaded_app = self._serve_in_time if options.request_timeout else self._serve
 
     def protocol(self) -> asyncio.Protocol:
         """For a new connection."""
@@ -120,9 +123,17 @@ class Site:
         return made
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> Any:
+        if self.closing and scope["type"] == "http":
+            send = _last_reply(send)
+        request = self._free(scope["client"] or "").begin()
+        try:
+            return await self._app(scope, receive, send)
+        finally:
+            request.end()
+
+    async def _serve_in_time(self, scope: Message, receive: Receive, send: Send) -> Any:
         if scope["type"] != "http":
-            with self._serving(scope["client"] or "", 0.0):  # a WebSocket lives for as long as its ends want
-                return await self._app(scope, receive, send)
+            return await self._serve(scope, receive, send)  # a WebSocket lives for as long as its ends want
         if self.closing:
             send = _last_reply(send)
         try:
