@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+import prefork.processes as processes
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
-from prefork.workers.child import Seat
+from prefork.workers.child import Seat, exit_code
 from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
 from prefork.workers.response import Clock, refusal
 
@@ -208,9 +209,8 @@ class PollingWorker(Limits, Worker):
         with self._counts:
             self._counts.wait_for(lambda: not self._queued)
         self.finish()
-        with (
-            self._counts
-        ):  # a request is over before its thread has given its connection back; one that is late never is
+        # A request is over before its thread has given its connection back; one that is late never is.
+        with self._counts:
             self._counts.wait_for(lambda: not self._at_work, self.LAST_WORD)
         self._wait_out()
 
@@ -374,7 +374,10 @@ class PollingWorker(Limits, Worker):
             connection = self._queue.get()
             try:
                 self.serve(connection)
-            except BaseException:
+            except BaseException as error:
+                if self._disowned:  # the end of a process that the application has forked: it has no other thread
+                    processes.flush()
+                    os._exit(exit_code(error) if isinstance(error, SystemExit) else 1)
                 log.exception("worker %d: in a thread", self.slot)
             finally:
                 with self._counts:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
+from threading import get_ident
 from time import monotonic
 from typing import Any
 
@@ -20,6 +21,7 @@ from prefork.errors import OptionError, RequestTimeout
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, REQUESTS
 from prefork.workers.child import Seat
 from prefork.workers.request import Request as Accounted
+from prefork.workers.request import current
 
 try:
     from prefork.workers.access import AccessLog
@@ -104,6 +106,8 @@ class WSGIWorker(PollingWorker):
             finally:
                 if not response.keep and not self._disowned:
                     self._let_go(connection, request)
+            if self._disowned:
+                raise SystemExit  # a process that the application has forked shares with the worker what this waits for
             if not response.keep:
                 return
             del requests[0]
@@ -174,6 +178,17 @@ class WSGIWorker(PollingWorker):
             self._adopted = self._requests.adopt(self._count, self._spent, threading.main_thread().ident or 0)
         return super().serving(peer, timeout)
 
+    def extend_deadline(self, seconds: float) -> None:
+        """As that of every worker, also where the request has had others of the application's own within it."""
+        requests = self._requests
+        if current.get() not in requests.open:  # over, or the one in hand was taken over from another thread
+            with requests.lock:
+                mine = [one for one in requests.open if one.thread == get_ident()]
+            if mine:
+                mine[-1].extend_deadline(seconds)
+                return
+        super().extend_deadline(seconds)
+
     def _fail(self, connection: Connection, request: Request, response: Response, error: Exception) -> None:
         """The application raised. The client is told so if nothing was sent, and else by the connection's end."""
         if connection.fault and not request.complete:
@@ -182,6 +197,8 @@ class WSGIWorker(PollingWorker):
             status = 503 if isinstance(error, RequestTimeout) else 500
             what = f"{request.method} {request.target.decode('latin-1')}"
             log.error("worker %d: the application raised at %s", self.slot, what, exc_info=error)
+        if self._disowned:
+            raise SystemExit(1)  # a process that the application has forked: the client is its parent's
         connection.broken = response.begun
         self._tell(response, status)
 
