@@ -226,6 +226,76 @@ def test_a_signal_at_the_last_moment() -> None:
     assert not one.worker._requests.open and one.requests == number
 
 
+def in_hand(bench: Bench, seconds: float, start: float = 1.0) -> float:
+    """What a loop that keeps its accounts by itself has written of the request that it has in hand; its deadline."""
+    board = bench.worker._board
+    deadline = monotonic() + seconds if seconds else 0.0
+    board.floats[scoreboard.BUSY_SINCE], board.floats[scoreboard.DEADLINE] = start, deadline
+    board.set_peer(client(1))
+    return deadline
+
+
+def test_adopting_a_request(bench: Bench) -> None:
+    """What a loop had in hand and had counted by itself is among all others from then on: shown with its own client and
+    deadline until it ends, counted once, and extended by its thread."""
+    requests = bench.worker._requests
+    in_hand(bench, 20)
+    one = requests.adopt(7, 3.5, threading.get_ident())
+    assert bench.peer == "10.0.0.1:1" and near(bench.due_in, 20)
+    bench.worker.extend_deadline(50)
+    assert near(bench.due_in, 50)
+    with bench.worker.serving(client(2)):
+        assert bench.peer == "10.0.0.1:1" and near(bench.due_in, TIMEOUT)
+    assert bench.peer == "10.0.0.1:1" and near(bench.due_in, 50) and bench.requests == 8
+    later = bench.worker.serving(client(3)).begin()
+    one.end()
+    assert bench.peer == "10.0.0.1:3" and near(bench.due_in, TIMEOUT) and bench.requests == 9
+    later.end()
+    one.end()
+    assert bench.idle and bench.requests == 10
+    assert requests.spent >= 3.5 and not (requests.open or requests.due or requests.odd)
+
+
+def test_adopting_in_another_thread(bench: Bench) -> None:
+    """A request that is adopted from another thread stays that of its own, in which it is interrupted."""
+    in_hand(bench, 0.0001, start=monotonic())
+    thread = threading.Thread(target=bench.worker._requests.adopt, args=(0, 0.0, threading.get_ident()))
+    thread.start()
+    thread.join()
+    (one,) = bench.worker._requests.open
+    while monotonic() < one.deadline:
+        pass
+    with pytest.raises(RequestTimeout):
+        bench.worker._on_interrupt(signal.SIGXCPU, None)
+    one.end()
+    assert bench.idle and bench.requests == 1
+
+
+@pytest.mark.parametrize("timeout", [0, 20])
+def test_adopting_what_has_no_deadline(bench: Bench, timeout: float) -> None:
+    """A request without a deadline has none afterwards, and others have theirs beside it."""
+    in_hand(bench, 0)
+    one = bench.worker._requests.adopt(0, 0.0, threading.get_ident())
+    with bench.worker.serving(client(2), timeout=timeout):
+        assert near(bench.due_in, timeout) if timeout else bench.due_in is None
+        one.extend_deadline(5)
+    assert bench.due_in is None and bench.peer == "10.0.0.1:1"
+    one.end()
+    assert bench.idle and bench.requests == 2
+
+
+def test_adopting_nothing(bench: Bench) -> None:
+    """Where the loop has nothing in hand its counts are taken over, and no request is ended by the end of nothing."""
+    nothing = bench.worker._requests.adopt(4, 1.5, threading.get_ident())
+    nothing.end()
+    assert bench.idle and not bench.worker._requests.open
+    with bench.worker.serving(client(2)):
+        assert bench.peer == "10.0.0.1:2"
+        nothing.end()
+        assert bench.peer == "10.0.0.1:2" and near(bench.due_in, TIMEOUT)
+    assert bench.idle and bench.requests == 5
+
+
 def test_late_in_threads(bench: Bench) -> None:
     """Late requests of threads have the worker leave, once; those that are not late have their deadlines still; it
     waits for all but the late."""

@@ -1,6 +1,7 @@
 """The worker class `wsgi`, what it makes of requests and answers: PEP 3333, HTTP/1.1, limits, and what is refused."""
 
 import contextlib
+import enum
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefork.workers.http import Body, Connection, Limits, Refused, Site
+import prefork.workers.response as response
+from prefork.workers.http import Body, Connection, Limits, Refused, Request, Site
+from prefork.workers.response import Clock, Response
 from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, patterns, until
 from support.web import Answer, Unanswered, Web
@@ -503,6 +506,137 @@ def test_headers_by_the_thousand(start: Start, web: Dial) -> None:
     assert client.get("/header/X-Split=well").status == 200
     assert client.get("/split").status == 500
     program.finish()
+
+
+class Desk:
+    """What a response asks of its worker."""
+
+    def __init__(self) -> None:
+        self.clock = Clock("")
+
+    def may_keep(self, connection: Connection) -> bool:
+        return True
+
+
+def head_of(headers: Any, status: Any = "200 OK") -> bytes:
+    """What becomes of start_response(status, headers), up to the server's own lines."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        one = Connection(Site(lambda *_: [], {}, Bounds(), 0), ours, "")
+        request = Request({}, "GET", b"/", True, True)
+        request.complete = True
+        Response(one, request, Desk()).run(lambda _, start_response: (start_response(status, headers), [b""])[1], {})
+        return theirs.recv(65536).partition(b"Date: ")[0]
+
+
+class Said(str, enum.Enum):  # noqa: UP042  # a StrEnum is shown as its text
+    """Equal to their texts, and with the same hashes, but shown otherwise by format()."""
+
+    OK = "200 OK"
+    NAME = "X-Said"
+    JSON = "application/json"
+
+    __hash__ = str.__hash__
+
+    def __format__(self, _: str) -> str:
+        return "otherwise"
+
+
+class Small(str):
+    """Equal to itself in capitals."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and self.lower() == other.lower()
+
+    def __hash__(self) -> int:
+        return hash(self.lower())
+
+
+def test_texts_of_a_class_of_ones_own() -> None:
+    """A status, name or value whose class is not str itself goes out as its text, and changes nothing for one that is
+    equal to it."""
+    for _ in range(3):
+        expected = b"HTTP/1.1 200 OK\r\nX-Said: application/json\r\n"
+        assert head_of([(Said.NAME, Said.JSON)], Said.OK) == expected
+        assert head_of([("X-Said", Said.JSON)]) == expected
+        assert head_of([("X-Said", "application/json")]) == expected
+        for value in ("foo", "FOO", "Foo"):
+            assert head_of([("X-Small", Small(value))]) == b"HTTP/1.1 200 OK\r\nX-Small: %b\r\n" % value.encode()
+
+
+def test_headers_of_any_shape() -> None:
+    """A header may be any pair, such as a list or an iterator, each time that it is said."""
+    shapes: tuple[Callable[[str, str], object], ...] = (
+        lambda *pair: list(pair),
+        lambda *pair: iter(pair),
+        lambda *pair: dict.fromkeys(pair),
+        lambda *pair: pair,
+    )
+    for _ in range(2):
+        for shape in shapes:
+            headers = [shape("X-One", "1"), shape("Content-Length", "0"), shape("X-Two", "2")]
+            assert head_of(headers) == b"HTTP/1.1 200 OK\r\nX-One: 1\r\nContent-Length: 0\r\nX-Two: 2\r\n"
+        assert head_of(shape("X-One", str(number)) for number in range(2)) == (
+            b"HTTP/1.1 200 OK\r\nX-One: 0\r\nX-One: 1\r\n"
+        )
+
+
+STATUSES: list[Any] = [200, None, b"200 OK", "200", "100 Continue", "200 O\nK", "200 \u20ac", ("200 OK",), []]
+NAMES: list[Any] = [7, None, b"X-A", "", "X A", "X-A\r\n", ("X-A",), [], "Connection", "X-\xe4"]
+VALUES: list[Any] = [7, None, b"1", ("1",), frozenset("1"), [], "a\nb", "a\rb", "a\0b", "\u20ac"]
+LENGTHS: list[Any] = ["x", "", "-1", "1_0", " 1", "\u0661", 1, ["1"]]
+SHAPES: list[Any] = [7, (), ("X-A",), ("X-A", "1", "2"), None]
+WRONG: list[tuple[Any, Any]] = [
+    *((status, []) for status in STATUSES),
+    *(("200 OK", [(name, "1")]) for name in NAMES),
+    *(("200 OK", [("X-A", value)]) for value in VALUES),
+    *(("200 OK", [("Content-Length", value)]) for value in LENGTHS),
+    *(("200 OK", [header]) for header in SHAPES),
+    ("200 OK", None),
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_what_is_wrong_is_wrong_each_time(number: int) -> None:
+    """A status, name or value of a wrong type or text raises each time, and leaves what is right as it is."""
+    status, headers = WRONG[number]
+    for _ in range(3):
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            head_of(headers, status)
+        assert head_of([("X-A", "1")]) == b"HTTP/1.1 200 OK\r\nX-A: 1\r\n"
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """However many different statuses, names and values an application says, and however long, each goes out as it is,
+    and a bounded number of short ones is remembered."""
+    for number in range(2500):
+        line = b"X-N%d: %d\r\n" % (number % 1200, number)
+        status = f"200 {number}"
+        assert head_of([(f"X-N{number % 1200}", str(number))], status) == b"HTTP/1.1 200 %d\r\n%b" % (number, line)
+    long = "x" * 5000
+    for _ in range(2):
+        expected = b"HTTP/1.1 200 %b\r\nX-%b: %b\r\n" % ((long.encode(),) * 3)
+        assert head_of([(f"X-{long}", long)], f"200 {long}") == expected
+    for memory in (response._names, response._statuses, response._headers):
+        assert 0 < len(memory) <= 1000
+        assert len(str(max(memory, key=lambda one: len(str(one))))) < 1000
+
+
+def test_date_beside_threads() -> None:
+    """At the turn of a second another thread that looks at the clock finds Date and Server complete at any moment."""
+
+    class Watched(Clock):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if getattr(self, "until", 0.0) > time.time():  # so long as this is so others take what is there
+                seen.append((self.both, self.date))
+
+    seen: list[tuple[bytes, bytes]] = []
+    clock = Watched("prefork")
+    clock.look()
+    assert seen and all(both.startswith(b"Server: prefork\r\nDate: ") and date for both, date in seen)
 
 
 FAULTS = (

@@ -39,6 +39,12 @@ def echo(environ: dict[str, Any]) -> bytes:
     return json.dumps({"environ": strings, "body": body.decode("latin-1")}, sort_keys=True).encode()
 
 
+def pass_gate(name: str) -> None:
+    note("PREFORK_NOTES", f"begun {name}")
+    while not Path(name).exists():
+        select.select([], [], [], 0.005)
+
+
 def upload(environ: dict[str, Any]) -> bytes:
     digest, size = hashlib.sha256(), 0
     while part := environ["wsgi.input"].read(1 << 16):
@@ -71,6 +77,8 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         case "echo":
             body = echo(environ)
         case "upload":
+            if argument:
+                pass_gate(argument)
             body = upload(environ)
         case "lines":
             body = lines(environ)
@@ -158,9 +166,7 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         case "whole":
             body = b"".join(download(int(argument)))
         case "gate":
-            note("PREFORK_NOTES", f"begun {argument}")
-            while not Path(argument).exists():
-                select.select([], [], [], 0.005)
+            pass_gate(argument)
             body = b"through"
         case "hang":
             while True:
