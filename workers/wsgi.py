@@ -168,8 +168,10 @@ class WSGIWorker(PollingWorker):
                 floats[BUSY_SINCE] = 0.0
                 if count >= self._limit:
                     self._look(count, end)
-            elif self._adopted is not None:
+            if self._adopted is not None and not self._disowned:
                 self._adopted.end()
+                with self._requests.lock:  # another thread may have changed the accounts at any moment of this
+                    self._board.floats[DEADLINE] = self._requests.earliest()
 
     def serving(self, peer: object = "", timeout: float | None = None) -> Accounted:
         """As that of every worker. An application that has requests of its own has them counted among all others."""
