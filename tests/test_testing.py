@@ -162,7 +162,7 @@ def test_a_hung_worker() -> None:
     with testing.pool(Server, Echo, workers=1, request_timeout=0.3) as pool, pool.connect() as client:
         (pid,) = pool.wait_ready(1)
         client.sendall(b"hel")
-        until(lambda: processes.blocked_in(pid) and "accept" not in processes.blocked_in(pid))
+        until(lambda: (where := processes.blocked_in(pid)) and "accept" not in where)
         pool.hang_worker()
         pool.wait_ready(1, without=[pid])
         assert ask(pool) != pid
