@@ -61,7 +61,7 @@ class Limits:
     MAX_FIELDS = 100  # header lines: 431
     READ_AHEAD = 65536  # a body up to this is complete before the application is called, a longer one is streamed
     HEAD_TIMEOUT = 10.0  # from the connection, or the first byte of a later request, to the end of its head: 408
-    BODY_TIMEOUT = 30.0  # without a byte of a body: 408
+    BODY_TIMEOUT = 30.0  # for a body that is read ahead; of a longer one, without a byte: 408
     SEND_TIMEOUT = 30.0  # without the client taking a byte of the answer: the connection is given up
     LINGER = 2.0  # how long input is still read after the last byte of the answer
     MAX_KEPT = 10_000  # requests on one connection
