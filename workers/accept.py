@@ -213,7 +213,7 @@ class Acceptor:
         """
         for fd in self.fds:
             os.set_blocking(fd, False)
-            epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
+            self.join(epoll, fd)
 
     def take_bare(self, server: Any) -> None:
         """Have `try_take()` give out connections of this server as `socket.SocketType`, 0.3 us cheaper than the class
@@ -223,10 +223,11 @@ class Acceptor:
     def take_told(self) -> None:
         """Have `try_take()` give out connections whose family and type are attributes of their class: uvloop asks each
         for them three times, and socket.socket makes an enum at every question, 0.85 us each."""
-        for server in [server for server, _ in self._takers.values() if _listener(server).type == socket.SOCK_STREAM]:
+        for server, _ in list(self._takers.values()):
             listener = _listener(server)
-            told = {"__slots__": (), "family": listener.family, "type": listener.type}
-            self._make_by(type("socket", (socket.socket,), told), server)
+            if listener.type == socket.SOCK_STREAM:
+                told = {"__slots__": (), "family": listener.family, "type": listener.type}
+                self._make_by(type("socket", (socket.socket,), told), server)
 
     def _make_by(self, make: Callable[..., Any], server: Any) -> None:
         self._takers[_listener(server).fileno()] = server, taker(server, self._board, make)
@@ -239,6 +240,10 @@ class Acceptor:
     def step_back(self, epoll: "select.epoll", fd: int) -> None:
         """After a take: let every other worker have its turn first."""
         epoll.unregister(fd)
+        self.join(epoll, fd)
+
+    def join(self, epoll: "select.epoll", fd: int) -> None:
+        """To the end of the kernel's line, for who is not in it."""
         epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
 
     def look_again(self, epoll: "select.epoll") -> None:

@@ -140,7 +140,7 @@ class Gate:
         if fd in self._outside and self._epoll is not None:
             self._outside.discard(fd)
             try:
-                self._epoll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+                self._acceptor.join(self._epoll, fd)
             except OSError as error:
                 self._fail(error)
 
