@@ -191,7 +191,9 @@ class Connection:
         environ = self._environ
         if environ is None:
             return  # a trailer
-        key = _KEYS.get(name) or _learn(name)
+        key = _KEYS.get(name)
+        if key is None:
+            key = _learn(name)
         if key in environ:
             self._repeat(environ, key, value)
         elif key:

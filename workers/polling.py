@@ -116,7 +116,7 @@ class PollingWorker(Limits, Worker):
         """Wait for whatever comes, and serve it."""
         connections, threads = self._connections, self.threads
         room = _BATCH if threads == 1 else threads - self._at_work
-        watched = connections or self._at_work or self._resume_at < NEVER
+        watched = bool(connections or self._at_work or self._resume_at < NEVER)
         tick = self._tick if self._resume_at == NEVER else PAUSE
         if room > 0:
             for fd, _ in self._epoll.poll(tick if watched else -1, room):
