@@ -77,10 +77,9 @@ def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
     """Head and body of an error of the server's own, after which the connection is closed."""
     body = f"{FAULTS[status]}\n"
     clock.look()
+    line, _ = _status_line(f"{status} {FAULTS[status]}")
     rest = f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return f"HTTP/1.1 {status} {FAULTS[status]}\r\n".encode("latin-1") + clock.both + rest.encode(
-        "latin-1"
-    ), body.encode("latin-1")
+    return line + clock.both + rest.encode("latin-1"), body.encode("latin-1")
 
 
 class Host(Protocol):
