@@ -14,29 +14,26 @@ from collections.abc import Callable, Sequence
 
 from .waiting import until
 
-# Four children that wait; on TERM they are told, waited for, and the interpreter ends as any does.
+# Four children that wait; on TERM they are told, waited for, and the interpreter ends as any does. TERM is waited for
+# while it is blocked: one that comes between "ready" and `signal.pause()` would be noted, and `pause()` sleep for ever.
 BARE = """
 import os, signal, sys
 
 children = []
-
-def leave(*_):
-    for pid in children:
-        os.kill(pid, signal.SIGTERM)
-    for pid in children:
-        os.waitpid(pid, 0)
-    sys.exit(0)
-
 for _ in range(4):
     pid = os.fork()
     if pid == 0:
         while True:
             signal.pause()
     children.append(pid)
-signal.signal(signal.SIGTERM, leave)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 print("ready", flush=True)
-while True:
-    signal.pause()
+signal.sigwait([signal.SIGTERM])
+for pid in children:
+    os.kill(pid, signal.SIGTERM)
+for pid in children:
+    os.waitpid(pid, 0)
+sys.exit(0)
 """
 TIMES = 15
 IDLE = 0.01  # seconds that it takes at most on a machine that is free
