@@ -29,30 +29,34 @@ BUSY_TIME = 4  # seconds
 INTERRUPTED = 5  # the deadline whose request was last interrupted
 PEER_PORT = 6  # 0: PEER is the whole name
 THREADS = 7  # how many of the worker may want the interpreter at once; 0 is one
-PEER = 8  # text to the end of the slot, ended by NUL
+HELD = 8  # connections that it keeps, where its class does so
+PEER = 9  # text to the end of the slot, ended by NUL
 PEER_BYTES = SIZE - PEER * 8
 
 MOST_THREADS = 100
+_SERVING = int(Phase.SERVING)
 
 # Cells of the header, which the master alone writes.
 POOL_DRAINS = 0
+SLOTS_USED = 1  # beyond these no slot has ever had a worker
 
 
 class Slot:
     """A worker's own view of its slot: `ints`, `floats` and `peer` are what the hot path stores into."""
 
-    def __init__(self, view: memoryview, header: memoryview) -> None:
+    def __init__(self, view: memoryview, header: memoryview, all: memoryview) -> None:
         self.ints = view.cast("Q")
         self.floats = view.cast("d")
         self.peer = view[PEER * 8 :]
         self._header = header.cast("Q")
+        self._all = all.cast("Q")
         self._shown: object = None
         self._host: object = ""  # whose text is there already
 
     @classmethod
     def detached(cls) -> "Slot":
         """A slot that nobody reads."""
-        return cls(memoryview(bytearray(SIZE)), memoryview(bytearray(SIZE)))
+        return cls(memoryview(bytearray(SIZE)), memoryview(bytearray(SIZE)), memoryview(b""))
 
     def set_phase(self, phase: Phase) -> None:
         self.ints[PHASE] = phase
@@ -73,6 +77,23 @@ class Slot:
         text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
         self.peer[: len(text)] = text
         self.ints[PEER_PORT] = port if isinstance(port, int) and 0 <= port <= 0xFFFF else 0
+
+    def has_share(self, held: int, queued: int, single: bool) -> bool:
+        """Whether who holds so many connections has at least its share: of what the workers hold that could take
+        another one now, the caller among them, and of what is queued.
+
+        Parameters
+        ----------
+        single
+            A worker serves one request at a time, and one that has it in hand takes nothing.
+        """
+        slots = self._header[SLOTS_USED]
+        if held * (slots - 1) < queued:
+            return False  # whatever the others have; usual in a long queue
+        cells = self._all[: slots * CELLS]
+        columns = (cells[column::CELLS].tolist() for column in (PHASE, BUSY_SINCE, HELD))
+        able = [number for phase, busy, number in zip(*columns, strict=True) if phase == _SERVING and not busy * single]
+        return len(able) > 1 and held * len(able) >= sum(able) + queued
 
     @property
     def pool_drains(self) -> bool:
@@ -106,7 +127,9 @@ class Scoreboard:
         self._part(slot)[:] = bytes(SIZE)
 
     def slot(self, slot: int) -> Slot:
-        return Slot(self._part(slot), self._view[:SIZE])
+        header = self._view[:SIZE].cast("Q")
+        header[SLOTS_USED] = max(header[SLOTS_USED], slot + 1)
+        return Slot(self._part(slot), self._view[:SIZE], self._view[SIZE:])
 
     def drain(self, on: bool) -> None:
         """Tell every worker, before its signal arrives, that the whole pool stops."""

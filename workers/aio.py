@@ -67,7 +67,7 @@ class AsyncioWorker(LoopWorker):
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._tls = {id(server): bared(server) for server in self.servers}
-        self._gate = Gate(loop, self.acceptor, self._take, self._has_room)
+        self._gate = Gate(loop, self.acceptor, self._take, lambda: len(self._tasks), self.options.max_connections)
         self._turning = True
         if self.draining:  # told before there was a loop to wake
             self._told()
@@ -112,9 +112,6 @@ class AsyncioWorker(LoopWorker):
 
     # -- taking ----------------------------------------------------------------------------------------------------
 
-    def _has_room(self) -> bool:
-        return len(self._tasks) < self.options.max_connections
-
     def _take(self, fd: int) -> bool:
         taken = self.acceptor.try_take(fd)
         if taken is None:
@@ -133,10 +130,10 @@ class AsyncioWorker(LoopWorker):
         """The last look, so that no wake-up is lost that the kernel gave to this worker alone; or the whole queue."""
         for fd in self.acceptor.fds:
             for number in range(self.acceptor.last_look()):
-                while not self._has_room() and self.pool_drains and not self._cut_off:
+                while not self._gate.has_room() and self.pool_drains and not self._cut_off:
                     self._room.clear()
                     await self._room.wait()
-                if self._cut_off or (number and not self._has_room()):
+                if self._cut_off or (number and not self._gate.has_room()):
                     break
                 try:
                     if not self._take(fd):

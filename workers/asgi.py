@@ -86,7 +86,7 @@ class ASGIWorker(LoopWorker):
         self._opening = 0  # accepted, and not among the connections yet
         self._handshakes: set[asyncio.Task[Any]] = set()  # of these, those that speak TLS
         self._doors = {id(one): (self._sites[id(one.RequestHandlerClass)].protocol, bared(one)) for one in self.servers}
-        self._gate = Gate(self.loop, self.acceptor, self._take, self._has_room)
+        self._gate = Gate(self.loop, self.acceptor, self._take, self._held, self.options.max_connections)
         self._turning = True
         if self.draining:  # told before there was a loop to wake
             self._gate.end()
@@ -116,8 +116,8 @@ class ASGIWorker(LoopWorker):
 
     # -- taking ----------------------------------------------------------------------------------------------------
 
-    def _has_room(self) -> bool:
-        return len(self._connections) + self._opening < self.options.max_connections
+    def _held(self) -> int:
+        return len(self._connections) + self._opening
 
     def _take(self, fd: int) -> bool:
         """One connection from a listener. Whether there was one."""
@@ -196,7 +196,7 @@ class ASGIWorker(LoopWorker):
         to be emptied. Whether something is left that must be taken."""
         for fd in self.acceptor.fds:
             for _ in range(self.acceptor.last_look()):
-                if not self._has_room():
+                if not self._gate.has_room():
                     return self.pool_drains
                 try:
                     if not self._take(fd):

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from prefork.workers.accept import FULL, PAUSE, Acceptor
+from prefork.workers.accept import ASIDE, FULL, PAUSE, Acceptor
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 BATCH = 8  # taken in one turn of the loop, where so many wait; with 1 a connection under load costs a third more
@@ -37,8 +37,10 @@ class Gate:
     take
         Called in the loop with the descriptor of a listener that is readable: take one there, by `try_take()` and with
         its errors. Returns whether there was one.
-    has_room
-        Whether there is room for another. Where that may have changed, and not by `take`: `freed()`.
+    held
+        How many connections this worker has. Where they have become fewer: `freed()`.
+    limit
+        With so many there is no room for another.
 
     To be read: `over`, a future that is done when the gate is closed for good; it has the error if that is because the
     program has closed a listener.
@@ -49,27 +51,30 @@ class Gate:
         loop: asyncio.AbstractEventLoop,
         acceptor: Acceptor,
         take: Callable[[int], bool],
-        has_room: Callable[[], bool],
+        held: Callable[[], int],
+        limit: int,
     ) -> None:
         self.over: asyncio.Future[None] = loop.create_future()
-        self._loop, self._acceptor, self._take, self._has_room = loop, acceptor, take, has_room
+        self._loop, self._acceptor, self._take, self._held, self._limit = loop, acceptor, take, held, limit
         self._is_open = self._paused = False
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
         self._outside: set[int] = set()  # listeners whose line it has left
-        self._more = {fd: select.poll() for fd in acceptor.fds}  # asking costs a tenth of a vain accept
-        for fd, poll in self._more.items():
+        for fd in acceptor.fds:
             os.set_blocking(fd, False)
-            poll.register(fd, select.POLLIN)
+
+    def has_room(self) -> bool:
+        return self._held() < self._limit
 
     def freed(self) -> None:
-        """There may be room again. Asked after each connection, so it costs something only where there was none."""
+        """A connection has ended, so there may be room again."""
+        self._acceptor.hold(self._held())
         if not self._is_open:
             self.watch()
 
     def watch(self) -> None:
         """Open or close, as there is room or not."""
-        wanted = not (self._paused or self.over.done()) and self._has_room()
+        wanted = not (self._paused or self.over.done()) and self.has_room()
         if wanted is not self._is_open:
             self._is_open = wanted
             for fd in self._acceptor.fds:
@@ -97,14 +102,16 @@ class Gate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
-        more, taken = self._more[fd].poll, 0
+        taken, aside = 0, False
         try:
             while self._take(fd):
                 taken += 1
-                if not self._has_room():
+                if not self.has_room():
                     self.watch()
                     return
-                if taken == BATCH or not more(0):
+                queued = self._acceptor.queued(fd)
+                aside = self._acceptor.is_others(self._held(), queued, single=False)
+                if aside or not queued or taken == BATCH:
                     break
         except OSError as error:
             if error.errno in FULL:
@@ -115,7 +122,7 @@ class Gate:
             else:
                 self._fail(error)
         if taken:
-            self._step_out(fd)
+            self._step_out(fd, aside)
 
     def _fail(self, error: OSError) -> None:
         """The program has closed a listener."""
@@ -127,13 +134,23 @@ class Gate:
         self._paused = False
         self.watch()
 
-    def _step_out(self, fd: int) -> None:
+    def _step_out(self, fd: int, aside: bool) -> None:
         """Out of the kernel's line for three turns of the loop: a connection is made, read from, and served."""
         if self._is_open and self._epoll is not None:
             self._epoll.unregister(fd)
             self._outside.add(fd)
-            soon = self._loop.call_soon
-            soon(soon, soon, self._rejoin, fd)
+            if aside:
+                self._loop.call_later(ASIDE, self._look, fd)
+            else:
+                soon = self._loop.call_soon
+                soon(soon, soon, self._rejoin, fd)
+
+    def _look(self, fd: int) -> None:
+        """Whether siblings have taken what was left to them."""
+        if fd in self._outside and self._acceptor.is_others(self._held(), self._acceptor.queued(fd), single=False):
+            self._loop.call_later(ASIDE, self._look, fd)
+        else:
+            self._rejoin(fd)
 
     def _rejoin(self, fd: int) -> None:
         """To the end of the line; unless the loop does not watch it any more, or does so anew."""

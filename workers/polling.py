@@ -20,7 +20,7 @@ from time import monotonic
 from typing import Any
 
 import prefork.processes as processes
-from prefork.workers.accept import FULL, PAUSE
+from prefork.workers.accept import ASIDE, FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat, exit_code
 from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
@@ -72,6 +72,7 @@ class PollingWorker(Limits, Worker):
         self._taken = 0
         self._crowded = False  # whether more than one was found waiting the last time
         self._resume_at = NEVER  # when to accept again
+        self._aside = -1  # the listener whose queue is left to siblings until then
         # Whether the application has forked: then a close alone does not end a connection, of which there are copies.
         self._forked = False
         os.register_at_fork(after_in_parent=self._has_forked)
@@ -118,8 +119,9 @@ class PollingWorker(Limits, Worker):
         room = _BATCH if threads == 1 else threads - self._at_work
         watched = bool(connections or self._at_work or self._resume_at < NEVER)
         tick = self._tick if self._resume_at == NEVER else PAUSE
+        wait = -1.0 if not watched else tick if self._aside < 0 else ASIDE
         if room > 0:
-            for fd, _ in self._epoll.poll(tick if watched else -1, room):
+            for fd, _ in self._epoll.poll(wait, room):
                 connection = connections.get(fd)
                 if connection is not None:
                     if connection.deadline < NEVER:  # or a thread has it, since its time was over in an earlier turn
@@ -130,14 +132,18 @@ class PollingWorker(Limits, Worker):
                     os.read(fd, 64)
         else:
             with self._counts:
-                self._counts.wait_for(lambda: self._at_work < threads, tick)
+                self._counts.wait_for(lambda: self._at_work < threads, wait)
         if watched and (now := monotonic()) >= self._tick_at:
             self._tick_at = now + tick
             for connection in [one for one in self._waiting() if one.deadline <= now]:
                 self._expire(connection)
             if self._resume_at <= now and (len(connections) < self.options.max_connections or self._close_idle()):
-                self._resume_at = NEVER
-                self.acceptor.poll_with(self._epoll)
+                self._accept_again()
+        if self._aside >= 0 and self._resume_at <= (now := monotonic()):
+            if self._is_others(self._aside):
+                self._resume_at = now + ASIDE
+            else:
+                self._accept_again()
 
     def _take(self, fd: int) -> None:
         """Take and serve what the listener has, as long as it has more and nobody else's turn has come.
@@ -161,7 +167,12 @@ class PollingWorker(Limits, Worker):
             # to be fair about.
             if len(self._connections) > waiting or self.draining or not (self._crowded or self._taken % _TURN == 0):
                 break
-        if self._resume_at == NEVER and (len(self._connections) > waiting or number > 1):
+        if self._resume_at < NEVER:
+            return
+        held = len(self._connections)
+        if held > waiting and self._is_others(fd):
+            self._stop_accepting(monotonic() + ASIDE, aside=fd)
+        elif held > waiting or number > 1:
             self.acceptor.step_back(self._epoll, fd)
 
     def _try_take(self, fd: int) -> Any:
@@ -186,11 +197,19 @@ class PollingWorker(Limits, Worker):
                 return
             self._welcome(*taken)
 
-    def _stop_accepting(self, resume_at: float) -> None:
+    def _stop_accepting(self, resume_at: float, aside: int = -1) -> None:
         """Until then, if it has not stopped already."""
         if self._resume_at == NEVER:
             self.acceptor.poll_without(self._epoll)
-        self._resume_at = resume_at
+        self._resume_at, self._aside = resume_at, aside
+
+    def _is_others(self, fd: int) -> bool:
+        acceptor = self.acceptor
+        return acceptor.is_others(len(self._connections), acceptor.queued(fd), single=self.threads == 1)
+
+    def _accept_again(self) -> None:
+        self._resume_at, self._aside = NEVER, -1
+        self.acceptor.poll_with(self._epoll)
 
     def _see_out(self) -> None:
         """Nothing new is accepted any more: every client gets the answer to what it has sent, and is let go.
@@ -332,6 +351,7 @@ class PollingWorker(Limits, Worker):
         if connection.parked:
             connection.parked = False
             del self._connections[connection.fd]
+            self.acceptor.hold(len(self._connections))
             self._epoll.unregister(connection.fd)  # by hand, as it would stay where a forked process has a copy
         if self._forked and not connection.broken:
             with contextlib.suppress(OSError):

@@ -1,0 +1,187 @@
+"""Connections that are kept are shared out: none of the workers idles while another has them all."""
+
+import os
+import select
+import socket
+import socketserver
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import prefork.scoreboard as scoreboard
+from prefork.scoreboard import Scoreboard, Slot
+from prefork.states import Phase
+from prefork.workers.accept import PATIENCE, Acceptor
+from programs2.scripts import Start, path_of_modules
+from support import Address, dial
+from support.web import Web
+
+pytestmark = pytest.mark.timeout(60)
+
+BINDS = {"tcp": "tcp://127.0.0.1:0", "unix": "unix:{run}/socket"}
+CLIENTS = 8
+APP = """
+import os
+
+def wsgi(environ, start_response):
+    body = str(os.getpid()).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+async def asgi(scope, receive, send):
+    assert scope["type"] == "http"
+    body = str(os.getpid()).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+"""
+HANDLER = """
+import os
+import prefork
+
+class Echo(prefork.AsyncStreamRequestHandler):
+    async def handle(self):
+        while await self.reader.readline():
+            self.writer.write(f"{os.getpid()}\\n".encode())
+"""
+
+
+def ask(kind: str, client: Web) -> bytes:
+    """Who has this connection."""
+    if kind != "asyncio":
+        return client.get().body
+    client.send(b"\n")
+    return client.sock.recv(100)
+
+
+def burst(kind: str, address: Address) -> Counter[bytes]:
+    """Who has how many of connections that are opened before the first of them says anything. They are closed then."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Web(address)) for _ in range(CLIENTS)]
+        who = Counter(ask(kind, client) for client in clients)
+        for client in clients:
+            client.sock.shutdown(socket.SHUT_WR)
+        for client in clients:
+            assert client.sock.recv(1) == b""
+    return who
+
+
+@pytest.mark.parametrize("bind", BINDS)
+@pytest.mark.parametrize("kind", ["wsgi", "asgi", "asyncio"])
+def test_kept_connections_are_shared_out(start: Start, bind: str, kind: str) -> None:
+    """Of bursts of eight connections each of two workers gets a good part, not what the other has left by chance."""
+    name = "work:Echo" if kind == "asyncio" else f"work:{kind}"
+    flags = ("-b", BINDS[bind], "-w", 2, "--worker-class", kind)
+    files = {"work.py": HANDLER if kind == "asyncio" else APP}
+    program = start("prefork", name, *flags, files=files, env=path_of_modules()).ready()
+    program.wait_ready(2)
+    least = 0
+    for _ in range(10):
+        who = burst(kind, program.address)
+        assert who.total() == CLIENTS
+        least += min(who.values()) if len(who) == 2 else 0
+    assert least >= 25, f"of 40 the worker that got less got {least}"
+    program.finish()
+
+
+# -- who has his share -----------------------------------------------------------------------------
+
+
+def pool(*held: int) -> tuple[Scoreboard, list[Slot]]:
+    """Workers that idle and hold so many connections each."""
+    board = Scoreboard()
+    slots = [board.slot(number) for number in range(len(held))]
+    for slot, number in zip(slots, held, strict=True):
+        slot.set_phase(Phase.SERVING)
+        slot.ints[scoreboard.HELD] = number
+    return board, slots
+
+
+@pytest.mark.parametrize(
+    ("held", "queued", "has"),
+    [
+        ((1, 0), 1, True),  # one each
+        ((0, 0), 1, False),
+        ((1, 0), 2, False),  # the second would be a half of three
+        ((2, 0), 2, True),
+        ((3, 3), 1, False),  # whoever comes first
+        ((3, 2), 1, True),
+        ((3, 4), 1, False),
+        ((1, 0, 0, 0), 3, True),
+        ((1, 0, 0, 0), 4, False),
+        ((1,), 1, False),  # there is nobody else
+    ],
+    ids=str,
+)
+def test_a_share(held: tuple[int, ...], queued: int, has: bool) -> None:
+    """A worker has its share when it holds its part of all that is held and queued."""
+    _, slots = pool(*held)
+    assert slots[0].has_share(held[0], queued, single=True) is has
+
+
+def test_who_has_no_share() -> None:
+    """Nothing is left to a sibling that is busy, boots or leaves, or to one that is gone."""
+    board, (mine, other) = pool(1, 0)
+    assert mine.has_share(1, 1, single=True)
+    other.floats[scoreboard.BUSY_SINCE] = 1.0
+    assert mine.has_share(1, 1, single=False)
+    assert not mine.has_share(1, 1, single=True)
+    other.floats[scoreboard.BUSY_SINCE] = 0.0
+    for phase in set(Phase) - {Phase.SERVING}:
+        other.set_phase(phase)
+        assert not mine.has_share(1, 1, single=True)
+    other.set_phase(Phase.SERVING)
+    assert mine.has_share(1, 1, single=True)
+    board.clear(1)
+    assert not mine.has_share(1, 1, single=True)
+    assert not Slot.detached().has_share(1, 1, single=True)
+
+
+# -- how long the queue is -------------------------------------------------------------------------
+
+
+class Taker:
+    """What an acceptor wants of its worker."""
+
+    slot, draining, pool_drains = 0, False, False
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> None:
+    """Who has his share leaves the queue alone, and takes it when that was in vain; of TCP its length is known."""
+    server: socketserver.BaseServer
+    if kind == "tcp":
+        server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        address = Address("tcp", *server.server_address)
+    else:
+        server = socketserver.UnixStreamServer(str(tmp_path / "socket"), socketserver.BaseRequestHandler)
+        address = Address("unix", str(tmp_path / "socket"))
+    _, (mine, other) = pool(0, 0)
+    with ExitStack() as stack:
+        stack.callback(server.server_close)
+        acceptor = Acceptor(Taker(), [server], mine)
+        stack.callback(os.close, acceptor._null)
+        (fd,) = acceptor.fds
+        epoll = stack.enter_context(select.epoll())
+        acceptor.poll_with(epoll)
+        assert acceptor.queued(fd) == 0
+        for _ in range(3):
+            stack.enter_context(dial(address))
+        assert epoll.poll(1)
+        assert acceptor.queued(fd) == (3 if kind == "tcp" else 1)
+        taken = acceptor.try_take(fd)
+        assert taken is not None
+        stack.enter_context(taken[1])
+        assert acceptor.queued(fd) == (2 if kind == "tcp" else 1)
+        for _ in range(3):
+            assert acceptor.is_others(2, 2, single=True)
+        assert mine.ints[scoreboard.HELD] == 2
+        acceptor._aside_at -= PATIENCE
+        assert not acceptor.is_others(2, 2, single=True)
+        acceptor._aside_at -= PATIENCE
+        assert acceptor.is_others(2, 2, single=True)
+        assert not acceptor.is_others(2, 0, single=True)
+        assert acceptor.is_others(2, 2, single=True)
+        other.floats[scoreboard.BUSY_SINCE] = 1.0
+        assert not acceptor.is_others(2, 2, single=True)
