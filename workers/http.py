@@ -40,6 +40,7 @@ FAULTS = {
 _KEYS: dict[bytes, str] = {b"Content-Type": "CONTENT_TYPE", b"Content-Length": "CONTENT_LENGTH"}
 _KEYS_LEARNED = 1000  # header names are the client's choice: not more than so many are remembered
 _DROPPED = ""
+_METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST")}
 
 
 class Refused(OSError):
@@ -212,15 +213,19 @@ class Connection:
         if environ is None or self._replaying:
             return
         parser = self._parser
-        http11 = True
-        if (version := parser.get_http_version()) != "1.1":
-            if version != "1.0":
-                self._refuse(505)
-            http11 = False
-            environ["SERVER_PROTOCOL"] = "HTTP/1.0"
-        elif "HTTP_HOST" not in environ:
+        # It is only right in here: afterwards the parser has forgotten the Connection header.
+        http11 = keep = parser.should_keep_alive()
+        # To ask for the version is dear. Without a header about it HTTP/1.1 alone keeps a connection.
+        if not keep or "HTTP_CONNECTION" in environ:
+            version = parser.get_http_version()
+            http11 = version == "1.1"
+            if not http11:
+                if version != "1.0":
+                    self._refuse(505)
+                environ["SERVER_PROTOCOL"] = "HTTP/1.0"
+        if http11 and "HTTP_HOST" not in environ:
             self._refuse(400)
-        environ["REQUEST_METHOD"] = method = parser.get_method().decode()
+        environ["REQUEST_METHOD"] = method = _METHODS.get(name := parser.get_method()) or name.decode()
         if self._port:
             environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.peer[0], self._port
         target = self._target
@@ -232,8 +237,7 @@ class Connection:
             environ["PATH_INFO"] = path
         else:
             self._locate(environ, target)
-        # It is only right in here: afterwards the parser has forgotten the Connection header.
-        request = Request(environ, method, target, parser.should_keep_alive(), http11)
+        request = Request(environ, method, target, keep, http11)
         if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
             self._announce(request, environ)
         if "HTTP_EXPECT" in environ and http11:
