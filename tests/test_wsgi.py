@@ -59,6 +59,7 @@ VALID = {
     "get": b"GET /echo?a=b&c HTTP/1.1\r\n" + HOST + b"\r\n",
     "http 1.0": b"GET /echo HTTP/1.0\r\n\r\n",
     "http 1.0, kept": b"GET /echo HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    "http 1.0, kept for a proxy": b"GET /echo HTTP/1.0\r\nProxy-Connection: keep-alive\r\n\r\n",
     "close": b"GET /echo HTTP/1.1\r\nConnection: close\r\n" + HOST + b"\r\n",
     "blank lines first": b"\r\n\r\nGET /echo HTTP/1.1\r\n" + HOST + b"\r\n",
     "escapes": b"GET /echo/%41%e2%82%ac%2F?%41 HTTP/1.1\r\n" + HOST + b"\r\n",
@@ -108,6 +109,16 @@ def test_split_anywhere(name: str) -> None:
     for at in range(1, len(raw)):
         assert parsed(raw[:at], raw[at:]) == [whole], at
     assert parsed(*[raw[at : at + 1] for at in range(len(raw))]) == [whole]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("name", ["", "Connection", "CONNECTION", "Proxy-Connection", "Keep-Alive", "Upgrade"])
+@pytest.mark.parametrize("value", ["keep-alive", "close", "upgrade", "x, keep-alive"])
+def test_the_version_is_what_was_said(version: str, name: str, value: str) -> None:
+    """Whatever a request says of its connection, its version is the one of its first line."""
+    line = f"{name}: {value}\r\n" if name else ""
+    ((environ, _, _, _),) = parsed(f"GET / HTTP/{version}\r\nHost: test\r\n{line}\r\n".encode())
+    assert environ["SERVER_PROTOCOL"] == f"HTTP/{version}"
 
 
 def test_split_anywhere_on_the_wire(start: Start, web: Dial) -> None:

@@ -215,8 +215,8 @@ class Connection:
         parser = self._parser
         # It is only right in here: afterwards the parser has forgotten the Connection header.
         http11 = keep = parser.should_keep_alive()
-        # To ask for the version is dear. Without a header about it HTTP/1.1 alone keeps a connection.
-        if not keep or "HTTP_CONNECTION" in environ:
+        # To ask for the version is dear. Without a header about it (llhttp knows two) HTTP/1.1 alone is kept.
+        if not keep or "HTTP_CONNECTION" in environ or "HTTP_PROXY_CONNECTION" in environ:
             version = parser.get_http_version()
             http11 = version == "1.1"
             if not http11:
