@@ -141,8 +141,8 @@ class LoopWorker(Worker):
 
     @functools.cached_property
     def _free(self) -> Callable[[object], FreeRequest]:
-        """What `serving(peer, 0.0)` returns, in one call from C."""
-        return functools.partial(FreeRequest, self._requests)
+        """What `serving(peer, 0.0)` calls."""
+        return self._requests.free
 
 
 def bared(server: Any) -> dict[str, Any]:
