@@ -1,6 +1,7 @@
 """ASGI applications: every kind is served unchanged, its lifespan decides about a boot, and nothing is lost when a
 worker leaves, whatever is in hand, at rest, or on its way."""
 
+import asyncio
 import contextlib
 import http.client
 import re
@@ -8,9 +9,11 @@ import signal
 import socket
 import socketserver
 import ssl
+import struct
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from websockets.sync.client import connect
 
 import prefork
 from prefork.workers.asgi import ASGIWorker
+from prefork.workers.site import Joining
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Address, Program, dial, elapse, patterns, switches, until
 
@@ -92,6 +96,11 @@ async def app(scope, receive, send):
             for number in range(int(rest)):
                 await send({"type": "http.response.body", "body": b"%05d" % number * 1000, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
+        case "head":
+            headers = [(b"content-length", b"4")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await gate(rest)
+            await send({"type": "http.response.body", "body": b"late"})
         case "gate":
             await gate(rest)
             await answer(send, f"{os.getpid()}:{rest}".encode())
@@ -371,6 +380,106 @@ def test_bodies(start: Start) -> None:
         assert client.get("/stream/300") == "".join(f"{number:05d}" * 1000 for number in range(300))
         assert client.get("/echo", "", Expect="100-continue") == ""
     program.finish()
+
+
+def segments(sock: socket.socket) -> int:
+    """With data, that have come in: tcpi_data_segs_in."""
+    return int(struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 152)[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="segments are counted by Linux")
+@pytest.mark.parametrize("kind", ["asgi", "app:Plain"])
+def test_an_answer_is_one_segment(start: Start, kind: str) -> None:
+    """Head and body come together, if the application has both; if not, the head does not wait for the body."""
+    program = serve(start, "-w", 1, kind=kind)
+    with contextlib.closing(Client(program.address)) as client:
+        for number in (1, 2, 3):
+            client.get()
+            assert segments(client.sock) == number
+        assert client.ask("/echo", b"x" * 100_000).read() == b"x" * 100_000
+        before = segments(client.sock)
+        answer = client.ask("/head/go")
+        assert (answer.status, segments(client.sock)) == (200, before + 1)
+        program.write("go", "")
+        assert (answer.read(), segments(client.sock)) == (b"late", before + 2)
+    program.finish()
+
+
+class Recorder(asyncio.Transport):
+    """A transport that notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[object] = []
+        self.closing = False
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, data: object) -> None:
+        self.told.append(bytes(data))  # type: ignore[call-overload]
+
+    def writelines(self, parts: Iterable[object]) -> None:
+        self.told.append(parts)
+
+    def write_eof(self) -> None:
+        self.told.append("eof")
+
+    def close(self) -> None:
+        self.told.append("close")
+        self.closing = True
+
+    def pause_reading(self) -> None:
+        self.told.append("pause")
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
+LARGE = b"x" * (Joining.LARGE + 1)
+
+
+@pytest.mark.parametrize(
+    ("orders", "told"),
+    [
+        ([("write", HEAD), ("write", b"body"), ("write", b"more")], [HEAD + b"body", b"more"]),
+        ([("write", HEAD), ("write", b""), ("close",)], [HEAD, "close"]),
+        ([("write", HEAD), ("write", memoryview(b"body"))], [HEAD + b"body"]),
+        ([("write", bytearray(HEAD)), ("write", bytearray(b"body"))], [HEAD, b"body"]),
+        ([("write", HEAD), ("write", LARGE)], [HEAD, LARGE]),
+        ([("write", HEAD), ("write", HEAD), ("write", HEAD)], [HEAD + HEAD, HEAD]),
+        ([("write", HEAD), ("close",)], [HEAD, "close"]),
+        ([("write", HEAD), ("write_eof",)], [HEAD, "eof"]),
+        ([("write", HEAD), ("writelines", [b"body"])], [HEAD, [b"body"]]),
+        ([("write", HEAD), ("pause_reading",)], ["pause", HEAD]),
+        ([("close",), ("write", HEAD)], ["close"]),
+    ],
+)
+def test_a_head_is_kept_and_nothing_overtakes_it(orders: list[tuple[Any, ...]], told: list[object]) -> None:
+    """A head leaves with what is written next, or before whatever else is sent, or with the turn of the loop."""
+
+    async def go() -> Recorder:
+        recorder = Recorder()
+        transport = Joining(asyncio.get_running_loop(), recorder)
+        for name, *arguments in orders:
+            getattr(transport, name)(*arguments)
+        await asyncio.sleep(0)
+        return recorder
+
+    assert asyncio.run(go()).told == told
+
+
+def test_a_head_outlives_a_body_that_is_none() -> None:
+    """What is no bytes is refused, and the head that came before it is sent."""
+
+    async def go() -> Recorder:
+        recorder = Recorder()
+        transport = Joining(asyncio.get_running_loop(), recorder)
+        transport.write(HEAD)
+        with pytest.raises(TypeError):
+            transport.write("text")
+        transport.close()
+        return recorder
+
+    assert asyncio.run(go()).told == [HEAD, "close"]
 
 
 def test_websocket(start: Start, notes: Notes) -> None:

@@ -80,6 +80,57 @@ class State(ServerState):
         """uvicorn begins with none."""
 
 
+class Joining:
+    """A transport for uvicorn's protocols that keeps the head of an answer until the body follows, or the turn of the
+    loop ends, and sends both at once: uvicorn writes them one by one, and an answer of few bytes costs a seventh more
+    for the second system call, and its client is woken twice.
+
+    It is no copy of what a transport can do: what is not here is the transport's own.
+    """
+
+    LARGE = 1 << 14  # bytes; to copy more of a body costs as much as another system call
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport) -> None:
+        self._transport, self._soon, self._send = transport, loop.call_soon, transport.write
+        self._head = b""
+        self.is_closing = transport.is_closing  # asked after each answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: Any) -> None:
+        if self._head:
+            if len(data) > self.LARGE:
+                self._flush()
+                self._send(data)
+            else:
+                both = self._head + data
+                self._head = b""
+                self._send(both)
+        elif data[:5] == b"HTTP/" and type(data) is bytes:  # which cannot change while it is kept
+            self._head = data
+            self._soon(self._flush)
+        else:
+            self._send(data)
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        if head and not self.is_closing():
+            self._send(head)
+
+    def writelines(self, parts: Any) -> None:
+        self._flush()
+        self._transport.writelines(parts)
+
+    def write_eof(self) -> None:
+        self._flush()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+
 class Site:
     """One application in one worker. Made in the worker's event loop.
 
@@ -109,14 +160,14 @@ class Site:
         self._app: Any = self.config.loaded_app
         self._serving, self._free = worker.serving, worker._free
         self._loop = asyncio.get_running_loop()
+        self._protocol = _joining(self.config.http_protocol_class, self._loop)
         self.lifespan = Lifespan(self._app, self.config)
         self.lifespan.state["prefork_worker"] = worker  # every scope has a copy of this dictionary
         self.config.loaded_app = self._serve_in_time if options.request_timeout else self._serve
 
     def protocol(self) -> asyncio.Protocol:
         """For a new connection."""
-        make: Any = self.config.http_protocol_class
-        made: asyncio.Protocol = make(
+        made: asyncio.Protocol = self._protocol(
             config=self.config, server_state=self.state, app_state=self.lifespan.state, _loop=self._loop
         )
         made.prefork_since = monotonic()  # type: ignore[attr-defined]
@@ -143,6 +194,15 @@ class Site:
             if not _is_answered(receive):
                 raise
             log.error("what a request left to be done after its answer was cancelled", exc_info=late)
+
+
+def _joining(protocol: Any, loop: asyncio.AbstractEventLoop) -> Any:
+    """A protocol whose transport is a `Joining` one."""
+
+    def connection_made(self: Any, transport: asyncio.Transport) -> None:
+        protocol.connection_made(self, Joining(loop, transport))
+
+    return type(protocol.__name__, (protocol,), {"connection_made": connection_made})
 
 
 def _is_answered(receive: Any) -> bool:
