@@ -22,7 +22,7 @@ FLOORS = (
     | {"workers.sync", "workers.filter", "workers.threaded"}
     | {"workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
     | {"workers.site", "workers.asgi", "workers.wsgi"}
-    | {"workers.http", "workers.response", "workers.access", "workers.polling"},
+    | {"workers.http", "workers.response", "workers.access", "workers.turns", "workers.polling"},
     {"crew", "master"},
     {"service", "server", "http"},
     {"scout", "program", "cli", "__main__", "testbed", "testing"},
@@ -44,7 +44,8 @@ NEXT_DOOR = {
     *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),
     ("workers.response", "workers.http"),
     *(("workers.access", f"workers.{part}") for part in ("http", "response")),
-    *(("workers.polling", f"workers.{part}") for part in ("accept", "child", "base", "http", "response")),
+    *(("workers.polling", f"workers.{part}") for part in ("accept", "child", "base", "http", "response", "turns")),
+    *(("workers.turns", f"workers.{part}") for part in ("child", "http")),
     ("options", "errors"),
     ("lifeline", "processes"),
     ("listeners", "processes"),

@@ -15,7 +15,7 @@ import pytest
 from prefork.options import Options
 from prefork.scoreboard import Scoreboard
 from prefork.workers.child import Seat
-from prefork.workers.polling import NEVER
+from prefork.workers.turns import NEVER
 from prefork.workers.wsgi import WSGIWorker
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, elapse, patterns
@@ -151,6 +151,46 @@ def test_the_last_answer_arrives(start: Start, notes: Notes) -> None:
         elapse(0.3)
         assert not program.found(patterns.LEFT)
         program.write("let-go", "")
+        answer = client.answer()
+        assert (answer.body, answer.closes, client.rest()) == (b"through", True, b"")
+    program.wait_exit()
+    program.finish()
+
+
+# The moment between a first answer and the wait for a second request lasts until there is a file `let-go`.
+LATE_RETURN = """
+from kit import *
+from prefork.workers.wsgi import WSGIWorker
+
+class LateReturn(WSGIWorker):
+    LAST_WORD = 10.0
+
+    def drain(self):
+        super().drain()
+        note("draining")
+
+    def park(self, connection, phase=None):
+        if connection.served == 1:
+            note("answered")
+            pass_gate("let-go")
+        super().park(connection, phase)
+"""
+
+
+def test_the_next_answer_arrives(start: Start, notes: Notes) -> None:
+    """A worker that leaves, and is given a connection back only after all its requests were over, answers the next one
+    of that client, however long it takes."""
+    program = serve(start, "--threads", 2, kind="late:LateReturn", files={"late.py": LATE_RETURN})
+    with Web(program.address) as client:
+        assert client.get().status == 200
+        noted(notes, "answered")
+        program.send(signal.SIGTERM)
+        noted(notes, "draining")
+        client.send(b"GET /gate/go HTTP/1.1\r\nHost: test\r\n\r\n")
+        program.write("let-go", "")
+        noted(notes, "begun")
+        elapse(0.3)
+        program.write("go", "")
         answer = client.answer()
         assert (answer.body, answer.closes, client.rest()) == (b"through", True, b"")
     program.wait_exit()

@@ -102,7 +102,7 @@ class Connection:
 
     `requests` are those that were not answered yet, in order; only the last of them can be incomplete. `fault` is the
     status that is due after them, when what followed could not be understood: then nothing more is read.
-    `broken`: an answer could not be finished. `handed`: another thread has it, or will.
+    `broken`: an answer could not be finished.
     """
 
     __slots__ = (
@@ -111,7 +111,6 @@ class Connection:
             "deadline",
             "fault",
             "fd",
-            "handed",
             "parked",
             "peer",
             "phase",
@@ -130,7 +129,7 @@ class Connection:
         self.fault = self.served = self._head = 0
         self.deadline = 0.0
         self.phase = IDLE
-        self.broken = self.parked = self.handed = self._replaying = self._switches = False
+        self.broken = self.parked = self._replaying = self._switches = False
         self._repeated = 0
         self._environ: dict[str, Any] | None = None
         self._port = str(peer[1]) if type(peer) is tuple and len(peer) > 1 else ""

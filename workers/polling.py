@@ -1,7 +1,8 @@
 """A loop that waits for listeners and for connections from which a whole request has not come yet, in one epoll.
 
 So neither a client that idles between two requests nor one that is slow holds a worker. A request that is there is
-served at once, in the main thread (`threads` = 1, where `RequestTimeout` can interrupt it) or in one of several.
+served at once, in the main thread (`threads` = 1, where `RequestTimeout` can interrupt it) or in one of several, which
+take turns at that epoll: `turns` has the rules.
 
 Connections are looked through for their deadlines twice a second, and only while there are any: that is cheaper than to
 order them anew at each request, and an idle worker does not wake up.
@@ -9,9 +10,7 @@ order them anew at each request, and an idle worker does not wake up.
 
 import contextlib
 import heapq
-import logging
 import os
-import queue
 import select
 import socket
 import threading
@@ -19,16 +18,13 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
-import prefork.processes as processes
 from prefork.workers.accept import ASIDE, FULL, PAUSE
 from prefork.workers.base import Worker
-from prefork.workers.child import Seat, exit_code
+from prefork.workers.child import Seat
 from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
 from prefork.workers.response import Clock, refusal
+from prefork.workers.turns import NEVER, Turns
 
-log = logging.getLogger("prefork")
-
-NEVER = float("inf")
 _BATCH = 64  # events looked at between two looks at the clock
 _LEAVING_TICK = 0.02
 _TURN = 8  # connections that a worker may take, serve and close before it looks at anything else
@@ -62,7 +58,7 @@ class PollingWorker(Limits, Worker):
         self.threads = self.options.threads or 1
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sites = {server: self.site(server) for server in self.servers}
-        self._connections: dict[int, Connection] = {}  # those that wait, by descriptor
+        self._connections: dict[int, Connection] = {}  # those that wait or that a thread has, by descriptor
         self.clock = Clock(self.SERVER)
         self._idle = self.options.keepalive_timeout
         self._tick = min(self.TICK, max(0.02, self._idle / 4)) if self._idle else self.TICK
@@ -77,10 +73,8 @@ class PollingWorker(Limits, Worker):
         self._forked = False
         os.register_at_fork(after_in_parent=self._has_forked)
         # With threads.
-        self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._counts = threading.Condition()
-        self._at_work = 0  # of the threads, and what waits for one
-        self._queued = 0  # of these, how many were not begun
+        self._turns = Turns(self)
+        self._giving = threading.Lock()  # against a turn that looks at what is just given back, or closed
 
     def _has_forked(self) -> None:
         self._forked = True
@@ -88,6 +82,7 @@ class PollingWorker(Limits, Worker):
     def drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"\0")
+        self._turns.wake()
 
     def run(self) -> None:
         acceptor = self.acceptor
@@ -102,10 +97,9 @@ class PollingWorker(Limits, Worker):
             else:
                 acceptor.poll_with(self._epoll)
             if self.threads > 1:
-                for number in range(self.threads):
-                    threading.Thread(target=self._serve_queue, name=f"wsgi-{number}", daemon=True).start()
+                self._turns.run()
             while not self.draining:
-                self._turn()
+                self.turn()
             self._stop_accepting(NEVER)
             for fd in acceptor.fds:
                 self._take_last(fd, acceptor.last_look())
@@ -113,33 +107,44 @@ class PollingWorker(Limits, Worker):
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
-        """Wait for whatever comes, and serve it."""
-        connections, threads = self._connections, self.threads
-        room = _BATCH if threads == 1 else threads - self._at_work
-        watched = bool(connections or self._at_work or self._resume_at < NEVER)
-        tick = self._tick if self._resume_at == NEVER else PAUSE
-        wait = -1.0 if not watched else tick if self._aside < 0 else ASIDE
-        if room > 0:
+    def turn(self) -> None:
+        """Wait for whatever comes, and serve it, or hand it over."""
+        connections, room, watched = self._connections, _BATCH, self._resume_at < NEVER
+        if self.threads > 1:
+            room, watched = self._turns.room, watched or self._turns.busy
+        watched = watched or bool(connections)
+        wait = -1.0 if not watched else self.pause if self._aside < 0 else ASIDE
+        if room:
             for fd, _ in self._epoll.poll(wait, room):
                 connection = connections.get(fd)
                 if connection is not None:
-                    if connection.deadline < NEVER:  # or a thread has it, since its time was over in an earlier turn
+                    if connection.deadline < NEVER:
                         self._read(connection)
+                    else:
+                        self._mute(connection)
                 elif fd in self._listeners:
                     self._take(fd)
                 elif fd == self._wake_read:
                     os.read(fd, 64)
         else:
-            with self._counts:
-                self._counts.wait_for(lambda: self._at_work < threads, wait)
-        if watched and (now := monotonic()) >= self._tick_at:
-            self._tick_at = now + tick
+            self._turns.wait(wait)
+        if watched:
+            self.look()
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two looks at deadlines."""
+        return self._tick if self._resume_at == NEVER else PAUSE
+
+    def look(self) -> None:
+        """At deadlines, if it is time, and at a queue that is left to siblings."""
+        if (now := monotonic()) >= self._tick_at:
+            self._tick_at = now + self.pause
             for connection in [one for one in self._waiting() if one.deadline <= now]:
                 self._expire(connection)
-            if self._resume_at <= now and (len(connections) < self.options.max_connections or self._close_idle()):
+            if self._resume_at <= now and (len(self._connections) < self.options.max_connections or self._close_idle()):
                 self._accept_again()
-        if self._aside >= 0 and self._resume_at <= (now := monotonic()):
+        if self._aside >= 0 and self._resume_at <= now:
             if self._is_others(self._aside):
                 self._resume_at = now + ASIDE
             else:
@@ -217,7 +222,7 @@ class PollingWorker(Limits, Worker):
         One that was active a moment ago may have sent its next request: it has a moment more.
         """
         self._tick, self._tick_at = _LEAVING_TICK, 0.0
-        with self._counts:
+        with self._giving:
             for one in list(self._connections.values()):
                 if one.phase == IDLE:
                     one.deadline += self.LAST_WORD - self._idle if one.served else self.FIRST_WORD - self.HEAD_TIMEOUT
@@ -225,17 +230,20 @@ class PollingWorker(Limits, Worker):
                     one.deadline += self.LAST_WORD - self.LINGER
             self._patience |= {IDLE: self.LAST_WORD, LINGER: self.LAST_WORD}
         self._wait_out()
-        with self._counts:
-            self._counts.wait_for(lambda: not self._queued)
+        while self._given_back():
+            self._wait_out()
+
+    def _given_back(self) -> bool:
+        """Wait for what threads have in hand. Whether any connection was given back, whose last word it may not be."""
+        self._turns.wait_begun()
         self.finish()
         # A request is over before its thread has given its connection back; one that is late never is.
-        with self._counts:
-            self._counts.wait_for(lambda: not self._at_work, self.LAST_WORD)
-        self._wait_out()
+        self._turns.wait_free(self.LAST_WORD)
+        return bool(self._waiting())
 
     def _wait_out(self) -> None:
         while self._waiting():
-            self._turn()
+            self.turn()
 
     # -- a connection that waits -----------------------------------------------------------------------------------
 
@@ -282,7 +290,9 @@ class PollingWorker(Limits, Worker):
             if self.threads == 1:
                 self.serve(connection)
             else:
-                self._hand_over(connection)
+                if requests[0].keep:
+                    self._connections[connection.fd] = connection  # so a new one is among those that are shared out
+                self._turns.hand_over(connection)
         elif connection.fault:
             self.turn_away(connection, connection.fault)
         elif requests:
@@ -348,64 +358,55 @@ class PollingWorker(Limits, Worker):
             self.park(connection, LINGER)
 
     def close(self, connection: Connection) -> None:
-        if connection.parked:
-            connection.parked = False
-            del self._connections[connection.fd]
-            self.acceptor.hold(len(self._connections))
-            self._epoll.unregister(connection.fd)  # by hand, as it would stay where a forked process has a copy
+        if self.threads == 1:
+            self._forget(connection)
+        else:
+            with self._giving:
+                self._forget(connection)
         if self._forked and not connection.broken:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
 
+    def _forget(self, connection: Connection) -> None:
+        if self._connections.pop(connection.fd, None) is not None:
+            self.acceptor.hold(len(self._connections))
+            self._unpark(connection)
+
+    def _unpark(self, connection: Connection) -> None:
+        if connection.parked:
+            connection.parked = False
+            self._epoll.unregister(connection.fd)  # by hand, as it would stay where a forked process has a copy
+
     # -- threads ---------------------------------------------------------------------------------------------------
 
     def _give_back(self, connection: Connection, phase: int | None) -> None:
-        """From the thread that had it to the main thread: with one step, for its deadline is what says whose it is.
-
-        An event is reported once. Then it belongs to whoever serves it, until it is given back.
-        """
-        events = select.EPOLLIN | select.EPOLLONESHOT
-        with self._counts:
+        """From the thread that had it to whoever has the turn, whose it is with the last step of this."""
+        deadline = connection.deadline if phase is None else monotonic() + self._patience[phase]
+        with self._giving:
             if phase is not None:
-                connection.phase, connection.deadline = phase, monotonic() + self._patience[phase]
-            if connection.parked:
-                self._epoll.modify(connection.fd, events)
-            else:
+                connection.phase = phase
+            connection.deadline = deadline
+            if not connection.parked:
                 connection.parked = True
                 self._connections[connection.fd] = connection
-                self._epoll.register(connection.fd, events)
+                self._epoll.register(connection.fd, select.EPOLLIN)
+
+    def _mute(self, connection: Connection) -> None:
+        """Something has come from one that a thread has: it is reported again when it has been given back."""
+        with self._giving:
+            if connection.deadline == NEVER:
+                self._unpark(connection)
 
     def _waiting(self) -> list[Connection]:
         """Those that nobody serves."""
-        with self._counts:
+        with self._giving:
             return [one for one in list(self._connections.values()) if one.deadline < NEVER]
 
-    def _hand_over(self, connection: Connection) -> None:
-        connection.deadline, connection.handed = NEVER, True
-        with self._counts:
-            self._at_work += 1
-            self._queued += 1
-        self._queue.put(connection)
-
-    def _serve_queue(self) -> None:
-        """A thread's life."""
-        while True:
-            connection = self._queue.get()
-            try:
-                self.serve(connection)
-            except BaseException as error:
-                if self._disowned:  # the end of a process that the application has forked: it has no other thread
-                    processes.flush()
-                    os._exit(exit_code(error) if isinstance(error, SystemExit) else 1)
-                log.exception("worker %d: in a thread", self.slot)
-            finally:
-                with self._counts:
-                    self._at_work -= 1
-                    self._counts.notify()
-
     def begun(self, connection: Connection) -> None:
-        connection.handed = False
-        with self._counts:
-            self._queued -= 1
-            self._counts.notify()
+        """A thread has its request in hand."""
+        self._turns.begin(connection)
+
+    @property
+    def disowned(self) -> bool:
+        return self._disowned

@@ -129,8 +129,7 @@ class WSGIWorker(PollingWorker):
                 self._run_alone(connection, request, response)
             else:
                 with self.serving(connection.peer):
-                    if connection.handed:
-                        self.begun(connection)
+                    self.begun(connection)
                     response.run(connection.site.application, request.environ)
         except Gone:
             connection.broken = True
