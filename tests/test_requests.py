@@ -4,7 +4,7 @@ import os
 import signal
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
@@ -226,74 +226,144 @@ def test_a_signal_at_the_last_moment() -> None:
     assert not one.worker._requests.open and one.requests == number
 
 
-def in_hand(bench: Bench, seconds: float, start: float = 1.0) -> float:
-    """What a loop that keeps its accounts by itself has written of the request that it has in hand; its deadline."""
-    board = bench.worker._board
-    deadline = monotonic() + seconds if seconds else 0.0
-    board.floats[scoreboard.BUSY_SINCE], board.floats[scoreboard.DEADLINE] = start, deadline
-    board.set_peer(client(1))
-    return deadline
+class Loop:
+    """A loop that keeps the accounts of one request at a time by itself, in this thread."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.ints, self.floats = bench.worker._requests.lend()
+        self.board = bench.worker._board
+
+    def begin(self, seconds: float = 0.0, start: float = 1.0) -> None:
+        self.floats[scoreboard.BUSY_SINCE] = start
+        self.floats[scoreboard.DEADLINE] = monotonic() + seconds if seconds else 0.0
+        self.board.set_peer(client(1))
+
+    def count(self, requests: int, spent: float = 0.0) -> None:
+        self.ints[scoreboard.REQUESTS], self.floats[scoreboard.BUSY_TIME] = requests, spent
 
 
-def test_adopting_a_request(bench: Bench) -> None:
-    """What a loop had in hand and had counted by itself is among all others from then on: shown with its own client and
-    deadline until it ends, counted once, and extended by its thread."""
+@pytest.fixture
+def loop(bench: Bench) -> Loop:
+    return Loop(bench)
+
+
+def in_another_thread(act: Callable[[], object]) -> None:
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+
+
+def test_within_the_request_of_a_loop(bench: Bench, loop: Loop) -> None:
+    """What a loop had in hand and had counted by itself is among all others once there are others: shown with its own
+    client and deadline until it ends, counted once, and extended by its thread. The loop cannot change it any more."""
     requests = bench.worker._requests
-    in_hand(bench, 20)
-    one = requests.adopt(7, 3.5, threading.get_ident())
-    assert bench.peer == "10.0.0.1:1" and near(bench.due_in, 20)
+    loop.count(7, 3.5)
+    loop.begin(20)
+    bench.worker.extend_deadline(25)
+    assert near(bench.due_in, 25)
+    with bench.worker.serving(client(2)):
+        assert bench.peer == "10.0.0.1:1" and near(bench.due_in, 25)
+        bench.worker.extend_deadline(10)
+        assert near(bench.due_in, 10)
+    assert bench.peer == "10.0.0.1:1" and near(bench.due_in, 25) and bench.requests == 8
     bench.worker.extend_deadline(50)
     assert near(bench.due_in, 50)
-    with bench.worker.serving(client(2)):
-        assert bench.peer == "10.0.0.1:1" and near(bench.due_in, TIMEOUT)
-    assert bench.peer == "10.0.0.1:1" and near(bench.due_in, 50) and bench.requests == 8
     later = bench.worker.serving(client(3)).begin()
-    one.end()
+    with pytest.raises(ValueError, match="released"):
+        loop.count(8)
+    with pytest.raises(ValueError, match="released"):
+        loop.begin()
+    requests.lone.end()
     assert bench.peer == "10.0.0.1:3" and near(bench.due_in, TIMEOUT) and bench.requests == 9
     later.end()
-    one.end()
+    requests.lone.end()
     assert bench.idle and bench.requests == 10
     assert requests.spent >= 3.5 and not (requests.open or requests.due or requests.odd)
 
 
-def test_adopting_in_another_thread(bench: Bench) -> None:
-    """A request that is adopted from another thread stays that of its own, in which it is interrupted."""
-    in_hand(bench, 0.0001, start=monotonic())
-    thread = threading.Thread(target=bench.worker._requests.adopt, args=(0, 0.0, threading.get_ident()))
-    thread.start()
-    thread.join()
-    (one,) = bench.worker._requests.open
+def test_beside_the_request_of_a_loop(bench: Bench, loop: Loop) -> None:
+    """What a loop has in hand when another thread begins stays that of the loop's thread, in which it is interrupted
+    and extended."""
+    loop.begin(0.0001, start=monotonic())
+    in_another_thread(lambda: bench.worker.serving("job", timeout=0).begin())
+    one, _ = bench.worker._requests.open
     while monotonic() < one.deadline:
         pass
     with pytest.raises(RequestTimeout):
         bench.worker._on_interrupt(signal.SIGXCPU, None)
+    bench.worker.extend_deadline(40)
+    assert near(bench.due_in, 40)
     one.end()
-    assert bench.idle and bench.requests == 1
+    assert bench.requests == 1 and bench.due_in is None and bench.peer == "job"
 
 
 @pytest.mark.parametrize("timeout", [0, 20])
-def test_adopting_what_has_no_deadline(bench: Bench, timeout: float) -> None:
-    """A request without a deadline has none afterwards, and others have theirs beside it."""
-    in_hand(bench, 0)
-    one = bench.worker._requests.adopt(0, 0.0, threading.get_ident())
+def test_within_what_has_no_deadline(bench: Bench, loop: Loop, timeout: float) -> None:
+    """A request of a loop that has no deadline has none afterwards, and others have theirs beside it."""
+    loop.begin()
     with bench.worker.serving(client(2), timeout=timeout):
         assert near(bench.due_in, timeout) if timeout else bench.due_in is None
-        one.extend_deadline(5)
+        bench.worker._requests.lone.extend_deadline(5)
+    bench.worker.extend_deadline(5)
     assert bench.due_in is None and bench.peer == "10.0.0.1:1"
-    one.end()
+    bench.worker._requests.lone.end()
     assert bench.idle and bench.requests == 2
 
 
-def test_adopting_nothing(bench: Bench) -> None:
-    """Where the loop has nothing in hand its counts are taken over, and no request is ended by the end of nothing."""
-    nothing = bench.worker._requests.adopt(4, 1.5, threading.get_ident())
-    nothing.end()
-    assert bench.idle and not bench.worker._requests.open
+def test_while_a_loop_is_idle(bench: Bench, loop: Loop) -> None:
+    """Where a loop has nothing in hand its counts are taken over, and no request is ended by the end of nothing."""
+    loop.count(4, 1.5)
+    bench.worker.extend_deadline(5)
+    assert bench.idle
     with bench.worker.serving(client(2)):
         assert bench.peer == "10.0.0.1:2"
-        nothing.end()
+        bench.worker._requests.lone.end()
         assert bench.peer == "10.0.0.1:2" and near(bench.due_in, TIMEOUT)
-    assert bench.idle and bench.requests == 5
+    assert bench.idle and bench.requests == 5 and not bench.worker._requests.open
+
+
+def test_disowning_a_loop(bench: Bench, loop: Loop) -> None:
+    """In a forked child neither a loop nor what it ends changes the slot."""
+    loop.begin(20)
+    worker = bench.worker
+    worker._requests.disown(scoreboard.Slot.detached())
+    with pytest.raises(ValueError, match="released"):
+        loop.count(1)
+    worker._requests.lone.end()
+    with worker.serving(client(2)):
+        pass
+    assert worker._requests.count == 2
+    assert bench.peer == "10.0.0.1:1" and near(bench.due_in, 20) and bench.requests == 0
+
+
+def test_interrupts_of_what_is_around(bench: Bench) -> None:
+    """However the signal comes, a late request is interrupted also where it comes as one within it begins or ends; each
+    is ended, once."""
+    worker, raised, number = bench.worker, 0, 0
+    former = signal.signal(signal.SIGALRM, worker._on_interrupt)
+    end = monotonic() + 1.5
+    try:
+        while monotonic() < end:
+            try:
+                with worker.serving(client(1)) as outer:
+                    number += 1
+                    worker._requests.move(outer, monotonic() + 0.0005)
+                    # Once, and at the deadline or a moment later: in the middle of something that is within.
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 + number % 50 * 0.000001)
+                    for _ in range(10000):
+                        with worker.serving(client(2), timeout=0):
+                            number += 1
+            except RequestTimeout:
+                raised += 1
+            else:
+                pytest.fail(f"the {number}th request was not interrupted")
+            assert not worker._requests.open and not worker._requests.odd
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert raised > 100
+    # One within may have begun when it is not there to be counted here.
+    assert number <= bench.requests <= number + raised
 
 
 def test_late_in_threads(bench: Bench) -> None:

@@ -17,7 +17,6 @@ import threading
 import traceback
 import types
 from collections.abc import Sequence
-from threading import get_ident
 from time import monotonic
 from typing import Any
 
@@ -29,7 +28,7 @@ from prefork.errors import RequestTimeout
 from prefork.states import Phase
 from prefork.workers.accept import Acceptor, Taken
 from prefork.workers.child import INTERRUPT, Seat, exit_code, own_memory, reopen_logs, set_title
-from prefork.workers.request import Request, Requests, current
+from prefork.workers.request import Request, Requests
 
 UNKNOWN_THREADS = 16  # of a server that makes them itself
 
@@ -105,7 +104,7 @@ class Worker:
         self._limit = 1 if self.options.max_memory else self._recycle_after or 1 << 62
         limit = self.options.request_timeout
         self._timeout = limit + self.slack if limit else 0.0
-        self._requests = Requests(self._board, self._timeout, self._limit, self._look)
+        self._requests = Requests(self._board, self._timeout, self._limit, self._look, self._judge)
 
     # -- may be overridden -----------------------------------------------------------------------------------------
 
@@ -131,18 +130,18 @@ class Worker:
     def expired(self) -> None:
         """A request is past its deadline. It runs in a signal handler of the main thread, and may raise.
 
-        The default raises `RequestTimeout` in the handler if that is what the main thread does. Where it is in another
-        thread, or one of several, nothing can be raised in it alone: the stacks of all threads go into the report of
-        this worker's death, it leaves and is replaced. Its other requests have their own deadlines, and
+        The default raises `RequestTimeout` if that is what the main thread works on, or what that is within. Where it
+        is in another thread, or another task, nothing can be raised in it alone: the stacks of all threads go into the
+        report of this worker's death, it leaves and is replaced. Its other requests have their own deadlines, and
         `graceful_timeout`; it ends when only those are left that are late.
         """
-        open = list(self._requests.open)
-        if not open or (len(open) == 1 and open[0].thread == get_ident()):
+        requests = self._requests
+        late = requests.overdue()
+        if requests.lent is not None or (late and set(late).issubset(requests.mine())):
             self._board.floats[scoreboard.INTERRUPTED] = self._board.floats[scoreboard.DEADLINE]
             raise RequestTimeout(f"the request took longer than {self.options.request_timeout:g} s")
-        if len(open) == 1 and not open[0].thread:
-            return  # it begins or ends at this moment
-        if self._requests.give_up(open) and not self._stuck:
+        requests.give_up(late)
+        if late and not self._stuck:
             self._stuck = True
             faulthandler.dump_traceback(self._uplink.fd, all_threads=True)
             self._uplink.say(lifeline.STUCK)
@@ -230,11 +229,7 @@ class Worker:
 
     def extend_deadline(self, seconds: float) -> None:
         """Give the request in hand `seconds` from now. Where it has no deadline there is nothing to extend."""
-        one = current.get()
-        if one in self._requests.open:
-            one.extend_deadline(seconds)
-        elif not self._requests.open and self._board.floats[scoreboard.DEADLINE]:
-            self._board.floats[scoreboard.DEADLINE] = monotonic() + seconds
+        self._requests.extend(seconds)
 
     def recycle(self, reason: str = "") -> None:
         """Ask to be replaced. The worker serves on until its replacement is ready."""
@@ -290,13 +285,17 @@ class Worker:
         self._board.set_phase(Phase.LEAVING)
 
     def _on_interrupt(self, signum: int, frame: types.FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code in _UNDIVIDED:
+                self._requests.missed = True
+                return
+            frame = frame.f_back
+        self._judge()
+
+    def _judge(self) -> None:
         """Once a request, and only if it is late: the order may have been meant for the one before."""
         floats = self._board.floats
         deadline = floats[scoreboard.DEADLINE]
-        while frame is not None:
-            if frame.f_code in _UNDIVIDED:
-                return
-            frame = frame.f_back
         if deadline and monotonic() >= deadline and floats[scoreboard.INTERRUPTED] != deadline:
             self.expired()
 
@@ -321,7 +320,7 @@ class Worker:
             signal.signal(one, signal.SIG_DFL)
         self._free_signals()
         self._board = scoreboard.Slot.detached()
-        self._requests.write_to(self._board)
+        self._requests.disown(self._board)
         servers: Sequence[Any] = self.servers
         streams = [one.socket.fileno() for one in servers if one.socket_type == socket.SOCK_STREAM]
         with contextlib.suppress(OSError):
@@ -363,6 +362,16 @@ class Worker:
         return code
 
 
-# In these no exception of ours is raised: at its first instruction `end()` would keep its request in hand for ever, and
-# half an order to leave is none.
-_UNDIVIDED = {one.__code__ for one in (Request.end, Worker._on_interrupt, Worker._on_term, Worker._on_quit)}
+# In these no exception of ours is raised: half a `begin()`, or an `end()` at its first instruction, would keep its
+# request in hand for ever, and half an order to leave is none.
+_UNDIVIDED = {
+    one.__code__
+    for one in (
+        Request.__enter__,
+        Request.begin,
+        Request.end,
+        Worker._on_interrupt,
+        Worker._on_term,
+        Worker._on_quit,
+    )
+}

@@ -20,9 +20,11 @@ class Account(Protocol):
 
     thread: int
 
-    def begin(self) -> object: ...
+    def __enter__(self) -> object: ...
 
     def adopt(self) -> None: ...
+
+    def part(self) -> None: ...
 
     def end(self) -> None: ...
 
@@ -131,7 +133,7 @@ def serve(worker: Accounts[A], server: Any, request: Any, peer: Any, begun: A | 
     handed = worker._handed
     here = True  # whether the request is done when the chain returns
     try:
-        one.begin() if begun is None else one.adopt()
+        one.__enter__() if begun is None else one.adopt()
         if handed is not None:
             handed[id(request)] = one
         if server.verify_request(request, peer):
@@ -151,6 +153,8 @@ def serve(worker: Accounts[A], server: Any, request: Any, peer: Any, begun: A | 
             if handed is not None:
                 handed.pop(id(request), None)
             one.end()
+        else:
+            one.part()
 
 
 def failed(server: Any, request: Any, peer: Any) -> None:

@@ -1,39 +1,67 @@
 """The requests that a worker has in hand, and what its slot of the scoreboard says of them: how many there were, which
 is the oldest, which deadline is the earliest.
 
-The hottest loop, which has one request at a time, does the same for itself and without these; while there is a deadline
-on the slot and nothing in hand here, that deadline is its own.
+At any moment one of two owns the cells BUSY_SINCE, DEADLINE, REQUESTS and BUSY_TIME:
+
+- The hottest loops, of `sync` and of `wsgi` with one thread, have one request at a time and store what they know of it
+  by themselves, through views that are lent to them: `lend()`.
+- As soon as anything else is in hand, be it within that request or in another thread, `Requests` owns them, for good.
+  The views are released, so that the loop learns of it, whatever it was doing, by the ValueError of its next store, and
+  pays nothing for asking; what it had in hand is a request like others by then, `lone`. So it is in a process that the
+  program forks, whose cells nobody reads.
+
+A request within another ends before it, as a rule, and the other goes on as before. Which of them a thread, task or
+greenlet works on, and what that is within, is in the context variable `current` and in `outer`.
 """
 
 import contextvars
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from time import monotonic
 
 import prefork.scoreboard as scoreboard
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, REQUESTS
 
+Cells = tuple["memoryview[int]", "memoryview[float]"]
+
+NOBODY = -1  # as the thread of what was begun, and which nobody works on
+
 
 class Request:
     """A request in hand, between the two ends of `with worker.serving(peer) as request:`.
 
-    Where it begins in one place and ends in another: `begin()` and `end()`. `deadline` is in seconds on the monotonic
-    clock, 0.0 where there is none.
+    Where it begins in one place and ends in another: `begin()` and `end()`, and `adopt()` in the thread that works on
+    it between them. `deadline` is in seconds on the monotonic clock, 0.0 where there is none.
     """
 
-    __slots__ = ("_among", "deadline", "late", "peer", "start", "thread", "timeout")
+    __slots__ = ("_among", "deadline", "late", "outer", "peer", "start", "thread", "timeout")
 
     def __init__(self, among: "Requests", peer: object, timeout: float = 0.0) -> None:
         self._among, self.peer, self.timeout, self.deadline = among, peer, timeout, 0.0
-        self.thread = 0  # in no thread's hands
+        self.outer: Request | None = None  # what the thread or task had in hand when it entered this
+        self.thread = 0  # begins or ends, or is over
         self.late = False  # nobody waits for it any more
+
+    def __enter__(self) -> "Request":
+        self.begin()
+        self.outer = outer = in_hand(current.get())
+        current.set(self)
+        self.thread = get_ident()  # last: before this nothing is raised for it
+        if outer is not None and self._among.missed:
+            try:
+                self._among.catch_up()
+            except BaseException:
+                self.end()
+                raise
+        return self
 
     def begin(self) -> "Request":
         """It is in hand from here on, and its deadline runs."""
         among = self._among
+        if among.lent is not None:
+            among.recall()
         self.start = start = monotonic()
-        current.set(self)
         among.lock.acquire()  # with try and finally, 37 ns less than `with`
         try:
             among.open[self] = None
@@ -50,15 +78,17 @@ class Request:
                 board.set_peer(self.peer)
         finally:
             among.lock.release()
-        self.thread = get_ident()  # last: before this nothing is raised for it
+        self.thread = NOBODY
         return self
 
-    __enter__ = begin
-
     def adopt(self) -> None:
-        """The calling thread goes on with it."""
-        self.thread = get_ident()
+        """The calling thread or task goes on with it."""
         current.set(self)
+        self.thread = get_ident()
+
+    def part(self) -> None:
+        """The calling thread does not go on with it; another will adopt it."""
+        current.set(self.outer)
 
     def end(self, kind: object = None, error: object = None, trace: object = None) -> None:
         """It is over; more than once is harmless."""
@@ -71,15 +101,14 @@ class Request:
             open = among.open
             if self not in open:
                 return
+            del open[self]
             ints, floats = among.board.ints, among.board.floats
             if deadline := self.deadline:
-                if len(open) == 1:
-                    # First: while there is a deadline and nothing in hand, that deadline is the hot loop's.
-                    floats[scoreboard.DEADLINE] = 0.0
                 (among.due if self.timeout == among.timeout else among.odd).pop(self, None)
-            del open[self]
-            if open and deadline and deadline == floats[scoreboard.DEADLINE]:
-                floats[scoreboard.DEADLINE] = among.earliest()
+                if not open:
+                    floats[scoreboard.DEADLINE] = 0.0
+                elif deadline == floats[scoreboard.DEADLINE]:
+                    floats[scoreboard.DEADLINE] = among.earliest()
             among.count = count = among.count + 1
             among.spent = spent = among.spent + end - self.start
             ints[scoreboard.REQUESTS] = count
@@ -96,6 +125,10 @@ class Request:
             among.lock.release()
         if count >= among.limit:
             among.look(count, end)
+        if self.outer is not None:
+            self.outer = in_hand(self.outer)  # or those of an endless row, each begun in the one before, would stay
+            if among.missed:
+                among.catch_up()
 
     __exit__ = end
 
@@ -155,8 +188,16 @@ class FreeRequest(Request):
     __exit__ = end
 
 
-# The request that the running thread, or the running task of an event loop, has in hand; no FreeRequest.
+# The request that the running thread, or the running task of an event loop, entered or adopted last; no FreeRequest.
+# It may be over. A task begins with what its maker had, a thread with nothing.
 current: contextvars.ContextVar[Request | None] = contextvars.ContextVar("prefork_request", default=None)
+
+
+def in_hand(one: Request | None) -> Request | None:
+    """The innermost of this and of what it is within that is not over."""
+    while one is not None and not one.thread:
+        one = one.outer
+    return one
 
 
 class Requests:
@@ -170,12 +211,20 @@ class Requests:
         Seconds that a request usually has, 0.0 where it has no deadline.
     limit, look
         From the request of this number on `look(count, now)` is called after each.
+    judge
+        Called in the main thread where an interrupt came in the middle of an account within another, and found the
+        accounts in disorder: interrupt what is late now.
     """
 
     def __init__(
-        self, board: scoreboard.Slot, timeout: float, limit: int, look: Callable[[int, float], object]
+        self,
+        board: scoreboard.Slot,
+        timeout: float,
+        limit: int,
+        look: Callable[[int, float], object],
+        judge: Callable[[], object],
     ) -> None:
-        self.timeout, self.limit, self.look = timeout, limit, look
+        self.timeout, self.limit, self.look, self.judge = timeout, limit, look, judge
         self.count, self.spent = 0, 0.0  # requests, and seconds in them
         # Oldest first; of those, which have a deadline in the order in which they came, and which have one out of it;
         # and which one the scoreboard shows.
@@ -184,12 +233,12 @@ class Requests:
         self.odd: dict[Request, None] = {}
         self.shown: Request | None = None
         self.finishing = False
-        self.write_to(board)
-
-    def write_to(self, board: scoreboard.Slot) -> None:
-        """Write to this slot. Also in the child of a fork, where another thread, which is not there, may have held the
-        lock."""
+        self.missed = False  # whether there was such an interrupt
+        self.lent: Cells | None = None
         self.board = board
+        self._make_lock()
+
+    def _make_lock(self) -> None:
         # Re-entrant: the handler of an interrupt takes it on top of whatever the main thread is doing.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
@@ -200,21 +249,56 @@ class Requests:
         one._among, one.peer = self, peer
         return one
 
-    def adopt(self, count: int, spent: float, thread: int) -> Request:
-        """Take over the accounts of a loop that kept them by itself, with the request that it has in hand, if any."""
+    def disown(self, board: scoreboard.Slot) -> None:
+        """In the child of a fork: write to this slot. Another thread, which is not there, may have held the lock."""
+        self._make_lock()
+        self.recall()
+        self.board = board
+
+    def lend(self) -> Cells:
+        """The integers and the floats of the slot, for a loop of the calling thread that has one request at a time."""
+        self.lone = Request(self, "")
+        current.set(self.lone)
+        self.lent = self.board.ints[:], self.board.floats[:]
+        self._borrower = get_ident()
+        return self.lent
+
+    def recall(self) -> None:
+        """Take over from such a loop, at any point of it: what it has counted, and what it has in hand."""
         with self.lock:
-            self.count, self.spent = count, spent
-            floats = self.board.floats
-            one = Request(self, "", 0.0)
-            one.start, one.deadline, one.thread = floats[scoreboard.BUSY_SINCE], floats[scoreboard.DEADLINE], thread
+            if self.lent is None:
+                return
+            for cells in self.lent:
+                cells.release()
+            self.lent = None
+            ints, floats, one = self.board.ints, self.board.floats, self.lone
+            self.count, self.spent = ints[REQUESTS], floats[BUSY_TIME]
+            one.start, one.deadline = floats[BUSY_SINCE], floats[scoreboard.DEADLINE]
             if one.start:
                 self.open[one] = None
                 self.shown = one
                 if one.deadline:
                     self.odd[one] = None
-        if thread == get_ident():
-            current.set(one)
-        return one
+                one.thread = self._borrower
+
+    def mine(self) -> Iterator[Request]:
+        """What the running thread, task or greenlet works on, and what that is within."""
+        one = in_hand(current.get())
+        while one is not None:
+            if one._among is self:  # or it is of the worker in one of whose handlers this one was forked
+                yield one
+            one = in_hand(one.outer)
+
+    def extend(self, seconds: float) -> None:
+        """Give what the running thread or task works on `seconds` from now."""
+        if (one := next(self.mine(), None)) is not None:
+            one.extend_deadline(seconds)
+            return
+        deadline, floats = monotonic() + seconds, self.board.floats
+        with self.lock:
+            # Between the two nothing is called, so the loop, in another thread, does not end its request there.
+            if self.lent is not None and floats[scoreboard.DEADLINE]:
+                floats[scoreboard.DEADLINE] = deadline
 
     def earliest(self) -> float:
         """The earliest deadline of what is in hand and not late. Those of equal timeouts are in their order already."""
@@ -231,6 +315,11 @@ class Requests:
         self.board.floats[scoreboard.BUSY_SINCE] = one.start
         self.board.set_peer(one.peer)
 
+    def show_again(self) -> None:
+        with self.lock:
+            if self.shown is not None:
+                self.show(self.shown)
+
     def move(self, one: Request, deadline: float) -> None:
         with self.lock:
             if one in self.open and not one.late:
@@ -239,19 +328,26 @@ class Requests:
                 one.timeout, one.deadline = -1.0, deadline
                 self.board.floats[scoreboard.DEADLINE] = self.earliest()
 
-    def give_up(self, some: Iterable[Request]) -> bool:
-        """Of these, wait no more for those that are past their deadline. Whether any is."""
-        now, found = monotonic(), False
+    def overdue(self) -> list[Request]:
+        """What is past its deadline, and not at this moment beginning or ending, nor given up."""
+        now = monotonic()
+        return [one for one in list(self.open) if one.thread and not one.late and 0.0 < one.deadline <= now]
+
+    def give_up(self, some: Iterable[Request]) -> None:
+        """Wait no more for these, which are past their deadline."""
         with self.lock:
             for one in some:
-                if 0.0 < one.deadline <= now:
-                    one.late = True
-                    self.due.pop(one, None)
-                    self.odd.pop(one, None)
-                found = found or one.late
+                one.late = True
+                self.due.pop(one, None)
+                self.odd.pop(one, None)
             self.board.floats[scoreboard.DEADLINE] = self.earliest()
             self.changed.notify_all()
-        return found
+
+    def catch_up(self) -> None:
+        """At the end of what an interrupt found in disorder."""
+        if get_ident() == threading.main_thread().ident:
+            self.missed = False
+            self.judge()
 
     def wait(self) -> None:
         """Until all that is in hand is late."""

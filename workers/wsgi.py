@@ -9,10 +9,8 @@ import select
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
-from threading import get_ident
 from time import monotonic
 from typing import Any
 
@@ -20,8 +18,6 @@ import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, REQUESTS
 from prefork.workers.child import Seat
-from prefork.workers.request import Request as Accounted
-from prefork.workers.request import current
 
 try:
     from prefork.workers.access import AccessLog
@@ -65,9 +61,9 @@ class WSGIWorker(PollingWorker):
     def __init__(self, servers: Sequence[Any], seat: Seat) -> None:
         super().__init__(servers, seat)
         self._access = AccessLog(self.options.access_log) if self.options.access_log else None
-        self._alone = self.threads == 1  # nobody else has a request in hand; then the accounts are simple:
-        self._count, self._spent = 0, 0.0  # requests, and seconds in them
-        self._adopted: Accounted | None = None  # the request in which that ended
+        self._count, self._spent = 0, 0.0  # requests, and seconds in them, of a thread that is the only one
+        if self.threads == 1:
+            self._ints, self._floats = self._requests.lend()
 
     def site(self, server: Any) -> Site:
         address = server.socket.getsockname()
@@ -125,9 +121,7 @@ class WSGIWorker(PollingWorker):
             body = BytesIO()
         request.environ["wsgi.input"] = body
         try:
-            if self._alone:
-                self._run_alone(connection, request, response)
-            else:
+            if self._requests.lent is None or not self._run_alone(connection, request, response):
                 with self.serving(connection.peer):
                     self.begun(connection)
                     response.run(connection.site.application, request.environ)
@@ -144,51 +138,38 @@ class WSGIWorker(PollingWorker):
             if self._access:
                 self._access.write(connection, request, response)
 
-    def _run_alone(self, connection: Connection, request: Request, response: Response) -> None:
-        """What `serving()` does, for a thread that has one request at a time and is the only one (as in `sync`)."""
-        board, timeout = self._board, self._timeout
-        floats = board.floats
+    def _run_alone(self, connection: Connection, request: Request, response: Response) -> bool:
+        """What `serving()` does, for a thread that has one request at a time and is the only one (as in `sync`).
+
+        A ValueError is the end of that; False: it had come before the request was begun.
+        """
+        floats, timeout = self._floats, self._timeout
         start = monotonic()
-        floats[BUSY_SINCE] = start
-        board.set_peer(connection.peer)
         try:
+            floats[BUSY_SINCE] = start
             if timeout:
                 floats[DEADLINE] = start + timeout
+        except ValueError:
+            return False
+        try:
+            self._board.set_peer(connection.peer)
             response.run(connection.site.application, request.environ)
         finally:
-            if self._alone and not self._disowned:
+            try:
                 if timeout:
                     floats[DEADLINE] = 0.0  # from here on no RequestTimeout can come
                 end = monotonic()
                 self._count = count = self._count + 1
                 self._spent = spent = self._spent + end - start
-                board.ints[REQUESTS] = count
+                self._ints[REQUESTS] = count
                 floats[BUSY_TIME] = spent
                 floats[BUSY_SINCE] = 0.0
+            except ValueError:
+                self._requests.lone.end()
+            else:
                 if count >= self._limit:
                     self._look(count, end)
-            if self._adopted is not None and not self._disowned:
-                self._adopted.end()
-                with self._requests.lock:  # another thread may have changed the accounts at any moment of this
-                    self._board.floats[DEADLINE] = self._requests.earliest()
-
-    def serving(self, peer: object = "", timeout: float | None = None) -> Accounted:
-        """As that of every worker. An application that has requests of its own has them counted among all others."""
-        if self._alone:
-            self._alone = False
-            self._adopted = self._requests.adopt(self._count, self._spent, threading.main_thread().ident or 0)
-        return super().serving(peer, timeout)
-
-    def extend_deadline(self, seconds: float) -> None:
-        """As that of every worker, also where the request has had others of the application's own within it."""
-        requests = self._requests
-        if current.get() not in requests.open:  # over, or the one in hand was taken over from another thread
-            with requests.lock:
-                mine = [one for one in requests.open if one.thread == get_ident()]
-            if mine:
-                mine[-1].extend_deadline(seconds)
-                return
-        super().extend_deadline(seconds)
+        return True
 
     def _fail(self, connection: Connection, request: Request, response: Response, error: Exception) -> None:
         """The application raised. The client is told so if nothing was sent, and else by the connection's end."""
