@@ -1,16 +1,19 @@
 """Connections that are kept are shared out: none of the workers idles while another has them all."""
 
+import asyncio
 import os
 import select
 import socket
 import socketserver
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import prefork.scoreboard as scoreboard
+import prefork.workers.gate as gate
 from prefork.scoreboard import Scoreboard, Slot
 from prefork.states import Phase
 from prefork.workers.accept import PATIENCE, Acceptor
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.timeout(60)
 BINDS = {"tcp": "tcp://127.0.0.1:0", "unix": "unix:{run}/socket"}
 CLIENTS = 8
 APP = """
+import asyncio
 import os
 
 def wsgi(environ, start_response):
@@ -37,6 +41,7 @@ async def asgi(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 """
 HANDLER = """
+import asyncio
 import os
 import prefork
 
@@ -185,3 +190,43 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
         assert acceptor.is_others(2, 2, single=True)
         other.floats[scoreboard.BUSY_SINCE] = 1.0
         assert not acceptor.is_others(2, 2, single=True)
+
+
+def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that left a queue to its siblings takes from it as soon as it has ended what it had, before it looks."""
+    monkeypatch.setattr(gate, "ASIDE", 60.0)
+    server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+    _, (mine, _) = pool(0, 0)
+    taken: list[socket.socket] = []
+    ended = 0
+
+    async def turn_until(done: Callable[[], bool], turns: int = 10_000) -> None:
+        while not done() and (turns := turns - 1):
+            await asyncio.sleep(0)
+
+    async def main(stack: ExitStack) -> None:
+        nonlocal ended
+        acceptor = Acceptor(Taker(), [server], mine)
+        stack.callback(os.close, acceptor._null)
+
+        def take(fd: int) -> bool:
+            got = acceptor.try_take(fd)
+            if got is not None:
+                taken.append(stack.enter_context(got[1]))
+            return got is not None
+
+        it = gate.Gate(asyncio.get_running_loop(), acceptor, take, lambda: len(taken) - ended, 100)
+        stack.callback(it.discard)
+        for _ in range(2):
+            stack.enter_context(dial(Address("tcp", *server.server_address)))
+        it.watch()
+        await turn_until(lambda: len(taken) > 1)
+        assert len(taken) == 1
+        ended = 1
+        it.freed()
+        await turn_until(lambda: len(taken) > 1)
+        assert len(taken) == 2
+
+    with ExitStack() as stack:
+        stack.callback(server.server_close)
+        asyncio.run(main(stack))

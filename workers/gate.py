@@ -60,6 +60,7 @@ class Gate:
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
         self._outside: set[int] = set()  # listeners whose line it has left
+        self._aside: dict[int, asyncio.TimerHandle] = {}  # of these, whose queue is left to siblings: the next look
         for fd in acceptor.fds:
             os.set_blocking(fd, False)
 
@@ -71,6 +72,8 @@ class Gate:
         self._acceptor.hold(self._held())
         if not self._is_open:
             self.watch()
+        for fd in list(self._aside):
+            self._look(fd)
 
     def watch(self) -> None:
         """Open or close, as there is room or not."""
@@ -83,6 +86,7 @@ class Gate:
                     self._step_back(fd)
                 else:
                     self._outside.discard(fd)
+                    self._stop_looking(fd)
                     self._loop.remove_reader(fd)
 
     def end(self) -> None:
@@ -140,17 +144,23 @@ class Gate:
             self._epoll.unregister(fd)
             self._outside.add(fd)
             if aside:
-                self._loop.call_later(ASIDE, self._look, fd)
+                self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
             else:
                 soon = self._loop.call_soon
                 soon(soon, soon, self._rejoin, fd)
 
     def _look(self, fd: int) -> None:
-        """Whether siblings have taken what was left to them."""
+        """Whether what was left to siblings still is theirs: they may have taken it, or have more by now."""
+        self._stop_looking(fd)
         if fd in self._outside and self._acceptor.is_others(self._held(), self._acceptor.queued(fd), single=False):
-            self._loop.call_later(ASIDE, self._look, fd)
+            self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
         else:
             self._rejoin(fd)
+
+    def _stop_looking(self, fd: int) -> None:
+        timer = self._aside.pop(fd, None)
+        if timer is not None:
+            timer.cancel()
 
     def _rejoin(self, fd: int) -> None:
         """To the end of the line; unless the loop does not watch it any more, or does so anew."""

@@ -68,7 +68,7 @@ class PollingWorker(Limits, Worker):
         self._taken = 0
         self._crowded = False  # whether more than one was found waiting the last time
         self._resume_at = NEVER  # when to accept again
-        self._aside = -1  # the listener whose queue is left to siblings until then
+        self._aside = -1  # the listener whose queue is left to siblings
         # Whether the application has forked: then a close alone does not end a connection, of which there are copies.
         self._forked = False
         os.register_at_fork(after_in_parent=self._has_forked)
@@ -142,13 +142,11 @@ class PollingWorker(Limits, Worker):
             self._tick_at = now + self.pause
             for connection in [one for one in self._waiting() if one.deadline <= now]:
                 self._expire(connection)
-            if self._resume_at <= now and (len(self._connections) < self.options.max_connections or self._close_idle()):
+            room = self._aside < 0 and self._resume_at <= now
+            if room and (len(self._connections) < self.options.max_connections or self._close_idle()):
                 self._accept_again()
-        if self._aside >= 0 and self._resume_at <= now:
-            if self._is_others(self._aside):
-                self._resume_at = now + ASIDE
-            else:
-                self._accept_again()
+        if self._aside >= 0 and not self._is_others(self._aside):
+            self._accept_again()
 
     def _take(self, fd: int) -> None:
         """Take and serve what the listener has, as long as it has more and nobody else's turn has come.
@@ -176,7 +174,7 @@ class PollingWorker(Limits, Worker):
             return
         held = len(self._connections)
         if held > waiting and self._is_others(fd):
-            self._stop_accepting(monotonic() + ASIDE, aside=fd)
+            self._stop_accepting(0.0, aside=fd)
         elif held > waiting or number > 1:
             self.acceptor.step_back(self._epoll, fd)
 
