@@ -18,7 +18,7 @@ from prefork.scoreboard import Scoreboard, Slot
 from prefork.states import Phase
 from prefork.workers.accept import PATIENCE, Acceptor
 from programs2.scripts import Start, path_of_modules
-from support import Address, dial
+from support import Address, dial, elapse
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)
@@ -69,6 +69,7 @@ def burst(kind: str, address: Address) -> Counter[bytes]:
             client.sock.shutdown(socket.SHUT_WR)
         for client in clients:
             assert client.sock.recv(1) == b""
+    elapse(0.01)  # a worker forgets a connection a moment after it has closed it
     return who
 
 
@@ -86,7 +87,7 @@ def test_kept_connections_are_shared_out(start: Start, bind: str, kind: str) -> 
         who = burst(kind, program.address)
         assert who.total() == CLIENTS
         least += min(who.values()) if len(who) == 2 else 0
-    assert least >= 25, f"of 40 the worker that got less got {least}"
+    assert least >= 20, f"of 40 the worker that got less got {least}"
     program.finish()
 
 
