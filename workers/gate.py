@@ -69,11 +69,13 @@ class Gate:
 
     def freed(self) -> None:
         """A connection has ended, so there may be room again."""
-        self._acceptor.hold(self._held())
+        held = self._held()
+        self._acceptor.hold(held)
         if not self._is_open:
             self.watch()
-        for fd in list(self._aside):
-            self._look(fd)
+        if not held:  # asked at each end, it would take one by one what is cheaper together
+            for fd in list(self._aside):
+                self._look(fd)
 
     def watch(self) -> None:
         """Open or close, as there is room or not."""
@@ -146,8 +148,11 @@ class Gate:
             if aside:
                 self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
             else:
-                soon = self._loop.call_soon
-                soon(soon, soon, self._rejoin, fd)
+                self._rejoin_soon(fd)
+
+    def _rejoin_soon(self, fd: int) -> None:
+        soon = self._loop.call_soon
+        soon(soon, soon, self._rejoin, fd)
 
     def _look(self, fd: int) -> None:
         """Whether what was left to siblings still is theirs: they may have taken it, or have more by now."""
@@ -155,7 +160,7 @@ class Gate:
         if fd in self._outside and self._acceptor.is_others(self._held(), self._acceptor.queued(fd), single=False):
             self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
         else:
-            self._rejoin(fd)
+            self._rejoin_soon(fd)
 
     def _stop_looking(self, fd: int) -> None:
         timer = self._aside.pop(fd, None)
