@@ -32,11 +32,6 @@ def job(worker, name, begun=None):
     threading.Thread(target=run, name=name).start()
     ready.wait()
 
-def linger(seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(0.01)
-
 def nest(worker, depth):
     with worker.serving(("192.0.2.1", depth), 9):
         if depth > 1:

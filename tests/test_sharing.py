@@ -26,7 +26,6 @@ pytestmark = pytest.mark.timeout(60)
 BINDS = {"tcp": "tcp://127.0.0.1:0", "unix": "unix:{run}/socket"}
 CLIENTS = 8
 APP = """
-import asyncio
 import os
 
 def wsgi(environ, start_response):
@@ -41,7 +40,6 @@ async def asgi(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 """
 HANDLER = """
-import asyncio
 import os
 import prefork
 

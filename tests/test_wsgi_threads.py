@@ -117,23 +117,30 @@ def test_an_upload_is_whole(start: Start, notes: Notes) -> None:
     program.finish()
 
 
-# The moment between an answer and the end of its connection lasts until there is a file `let-go`.
-LATE_END = """
+# A worker that says when it is told to leave, and gives its clients time.
+LATE = """
 from kit import *
 from prefork.workers.wsgi import WSGIWorker
 
-class LateEnd(WSGIWorker):
+class Late(WSGIWorker):
     LAST_WORD = 10.0
 
     def drain(self):
         super().drain()
         note("draining")
+"""
 
+# The moment between an answer and the end of its connection lasts until there is a file `let-go`.
+LATE_END = (
+    LATE
+    + """
+class LateEnd(Late):
     def linger(self, connection):
         note("answered")
         pass_gate("let-go")
         super().linger(connection)
 """
+)
 
 
 def test_the_last_answer_arrives(start: Start, notes: Notes) -> None:
@@ -158,23 +165,17 @@ def test_the_last_answer_arrives(start: Start, notes: Notes) -> None:
 
 
 # The moment between a first answer and the wait for a second request lasts until there is a file `let-go`.
-LATE_RETURN = """
-from kit import *
-from prefork.workers.wsgi import WSGIWorker
-
-class LateReturn(WSGIWorker):
-    LAST_WORD = 10.0
-
-    def drain(self):
-        super().drain()
-        note("draining")
-
+LATE_RETURN = (
+    LATE
+    + """
+class LateReturn(Late):
     def park(self, connection, phase=None):
         if connection.served == 1:
             note("answered")
             pass_gate("let-go")
         super().park(connection, phase)
 """
+)
 
 
 def test_the_next_answer_arrives(start: Start, notes: Notes) -> None:
@@ -346,11 +347,6 @@ def start_job(worker, name):
         note(f"ended {name}")
     threading.Thread(target=run, name=name).start()
     begun.wait()
-
-def linger(seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(0.01)
 
 def app(environ, start_response):
     worker, board = environ["prefork.worker"], environ["prefork.worker"]._board

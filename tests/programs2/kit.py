@@ -40,6 +40,13 @@ def pass_gate(name: str) -> None:
         select.select([], [], [], 0.005)
 
 
+def linger(seconds: float) -> None:
+    """Take so long, where an interrupt comes through at once."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def when(name: str, act: Callable[[], object]) -> threading.Thread:
     """Call `act` in a thread once the test makes the file `name`."""
 
@@ -114,6 +121,7 @@ __all__ = [
     "Datagrams",
     "Handler",
     "Path",
+    "linger",
     "logging",
     "note",
     "os",
