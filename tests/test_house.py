@@ -19,7 +19,7 @@ FLOORS = (
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
-    | {"workers.sync", "workers.filter", "workers.threaded"}
+    | {"workers.share", "workers.sync", "workers.filter", "workers.threaded"}
     | {"workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
     | {"workers.site", "workers.asgi", "workers.wsgi"}
     | {"workers.http", "workers.response", "workers.access", "workers.turns", "workers.polling"},
@@ -39,12 +39,13 @@ NEXT_DOOR = {
     ("workers.aio", "workers.coroutines"),
     *((f"workers.{kind}", f"workers.{of}") for kind in ("aio", "asgi") for of in ("gate", "loop")),
     ("workers.asgi", "workers.site"),
-    ("workers.gate", "workers.accept"),
-    *(("workers.loop", f"workers.{part}") for part in ("request", "base")),
+    *(("workers.gate", f"workers.{part}") for part in ("accept", "share")),
+    *(("workers.loop", f"workers.{part}") for part in ("request", "base", "share")),
     *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),
     ("workers.response", "workers.http"),
     *(("workers.access", f"workers.{part}") for part in ("http", "response")),
-    *(("workers.polling", f"workers.{part}") for part in ("accept", "child", "base", "http", "response", "turns")),
+    *(("workers.polling", f"workers.{part}") for part in ("accept", "child", "base", "share")),
+    *(("workers.polling", f"workers.{part}") for part in ("http", "response", "turns")),
     *(("workers.turns", f"workers.{part}") for part in ("child", "http")),
     ("options", "errors"),
     ("lifeline", "processes"),

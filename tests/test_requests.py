@@ -14,6 +14,7 @@ import prefork.lifeline as lifeline
 import prefork.scoreboard as scoreboard
 from prefork.errors import RequestTimeout
 from prefork.options import Options
+from prefork.workers.asgi import ASGIWorker
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
 from prefork.workers.loop import LoopWorker
@@ -115,6 +116,21 @@ def test_in_a_loop() -> None:
     assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
     assert bench.idle and bench.requests == 3 and not bench.worker._requests.open
     assert lifeline.WORN in bench.said()
+    bench.close()
+
+
+def test_a_share_in_a_process_that_the_program_forks() -> None:
+    """There it tells siblings nothing."""
+    bench = Bench(ASGIWorker, request_timeout=None)
+    worker = bench.worker
+    assert isinstance(worker, ASGIWorker)
+    worker.share.hold(3)
+    cells = bench.board.slot(0).ints
+    assert cells[scoreboard.HELD] == 3
+    worker._requests.disown(scoreboard.Slot.detached())
+    worker.share.hold(4)
+    assert cells[scoreboard.HELD] == 3
+    os.close(worker.acceptor._null)
     bench.close()
 
 

@@ -6,9 +6,11 @@ import select
 import socket
 import socketserver
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,8 @@ import prefork.scoreboard as scoreboard
 import prefork.workers.gate as gate
 from prefork.scoreboard import Scoreboard, Slot
 from prefork.states import Phase
-from prefork.workers.accept import PATIENCE, Acceptor
+from prefork.workers.accept import Acceptor
+from prefork.workers.share import NOBODYS, OURS, PATIENCE, THEIRS, Share
 from programs2.scripts import Start, path_of_modules
 from support import Address, dial, elapse
 from support.web import Web
@@ -145,16 +148,17 @@ def test_who_has_no_share() -> None:
 # -- how long the queue is -------------------------------------------------------------------------
 
 
-class Taker:
-    """What an acceptor wants of its worker."""
+@dataclass
+class Accounts:
+    """What a share wants of its worker's."""
 
-    slot, draining, pool_drains = 0, False, False
+    board: Slot
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> None:
     """Who has his share leaves the queue alone, and takes it when that was in vain; of TCP its length is known."""
-    server: socketserver.BaseServer
+    server: Any
     if kind == "tcp":
         server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         address = Address("tcp", *server.server_address)
@@ -164,68 +168,101 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
     _, (mine, other) = pool(0, 0)
     with ExitStack() as stack:
         stack.callback(server.server_close)
-        acceptor = Acceptor(Taker(), [server], mine)
-        stack.callback(os.close, acceptor._null)
-        (fd,) = acceptor.fds
-        epoll = stack.enter_context(select.epoll())
-        acceptor.poll_with(epoll)
-        assert acceptor.queued(fd) == 0
+        (fd,) = fds = [server.fileno()]
+        share = Share(dict(zip(fds, [server], strict=True)), Accounts(mine))
+        assert share.queued(fd) == 0 and share.whose(fd, 2, single=True) == NOBODYS
         for _ in range(3):
             stack.enter_context(dial(address))
-        assert epoll.poll(1)
-        assert acceptor.queued(fd) == (3 if kind == "tcp" else 1)
-        taken = acceptor.try_take(fd)
-        assert taken is not None
-        stack.enter_context(taken[1])
-        assert acceptor.queued(fd) == (2 if kind == "tcp" else 1)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        assert poll.poll(1000)
+        assert share.queued(fd) == (3 if kind == "tcp" else 1)
+        stack.enter_context(server.get_request()[0])
+        assert share.queued(fd) == (2 if kind == "tcp" else 1)
         for _ in range(3):
-            assert acceptor.is_others(2, 2, single=True)
+            assert share.whose(fd, 2, single=True) == THEIRS
         assert mine.ints[scoreboard.HELD] == 2
-        acceptor._aside_at -= PATIENCE
-        assert not acceptor.is_others(2, 2, single=True)
-        acceptor._aside_at -= PATIENCE
-        assert acceptor.is_others(2, 2, single=True)
-        assert not acceptor.is_others(2, 0, single=True)
-        assert acceptor.is_others(2, 2, single=True)
+        share._since -= PATIENCE
+        assert share.whose(fd, 2, single=True) == OURS
+        share._since -= PATIENCE
+        assert share.whose(fd, 2, single=True) == THEIRS
         other.floats[scoreboard.BUSY_SINCE] = 1.0
-        assert not acceptor.is_others(2, 2, single=True)
+        assert share.whose(fd, 2, single=True) == OURS
+        for _ in range(2):
+            stack.enter_context(server.get_request()[0])
+        assert share.whose(fd, 2, single=True) == NOBODYS
+
+
+# -- in an event loop ------------------------------------------------------------------------------
+
+
+class Taker:
+    """What an acceptor wants of its worker."""
+
+    slot, draining, pool_drains = 0, False, False
+
+
+class Loop:
+    """A gate in the loop that runs, of a worker with an idle sibling, and how much it took."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        stack.callback(server.server_close)
+        server.socket.listen(16)
+        self.address = Address("tcp", *server.server_address)
+        self.stack, self.batches, self.held = stack, [0], 0
+        _, (mine, _) = pool(0, 0)
+        self.acceptor = Acceptor(Taker(), [server], mine)
+        stack.callback(os.close, self.acceptor._null)
+        share = Share({server.fileno(): server}, Accounts(mine))
+        loop = asyncio.get_running_loop()
+        self.gate = gate.Gate(loop, self.acceptor, share, self._take, lambda: self.held, 100)
+        stack.callback(self.gate.discard)
+
+    def dial(self, number: int) -> None:
+        for _ in range(number):
+            self.stack.enter_context(dial(self.address))
+
+    def _take(self, fd: int) -> bool:
+        got = self.acceptor.try_take(fd)
+        if got is None:
+            return False
+        self.stack.enter_context(got[1])
+        self.held += 1
+        self.batches[-1] += 1
+        return True
+
+    def end(self, number: int) -> None:
+        for _ in range(number):
+            self.held -= 1
+            self.gate.freed()
+
+    async def taken(self, turns: int = 1000) -> int:
+        """How many the next batch takes, 0 if there is none in so many turns of the loop."""
+        self.batches.append(0)
+        while not self.batches[-1] and (turns := turns - 1):
+            await asyncio.sleep(0)
+        return self.batches[-1]
+
+
+def in_loop(main: Callable[[Loop], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        with ExitStack() as stack:
+            await main(Loop(stack))
+
+    asyncio.run(run())
 
 
 def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that left a queue to its siblings takes from it as soon as it has ended what it had, before it looks."""
     monkeypatch.setattr(gate, "ASIDE", 60.0)
-    server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
-    _, (mine, _) = pool(0, 0)
-    taken: list[socket.socket] = []
-    ended = 0
 
-    async def turn_until(done: Callable[[], bool], turns: int = 10_000) -> None:
-        while not done() and (turns := turns - 1):
-            await asyncio.sleep(0)
+    async def main(it: Loop) -> None:
+        it.dial(2)
+        it.gate.watch()
+        assert await it.taken() == 1
+        assert await it.taken() == 0
+        it.end(1)
+        assert await it.taken() == 1
 
-    async def main(stack: ExitStack) -> None:
-        nonlocal ended
-        acceptor = Acceptor(Taker(), [server], mine)
-        stack.callback(os.close, acceptor._null)
-
-        def take(fd: int) -> bool:
-            got = acceptor.try_take(fd)
-            if got is not None:
-                taken.append(stack.enter_context(got[1]))
-            return got is not None
-
-        it = gate.Gate(asyncio.get_running_loop(), acceptor, take, lambda: len(taken) - ended, 100)
-        stack.callback(it.discard)
-        for _ in range(2):
-            stack.enter_context(dial(Address("tcp", *server.server_address)))
-        it.watch()
-        await turn_until(lambda: len(taken) > 1)
-        assert len(taken) == 1
-        ended = 1
-        it.freed()
-        await turn_until(lambda: len(taken) > 1)
-        assert len(taken) == 2
-
-    with ExitStack() as stack:
-        stack.callback(server.server_close)
-        asyncio.run(main(stack))
+    in_loop(main)

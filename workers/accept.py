@@ -43,15 +43,11 @@ Taken = tuple[Any, Any, Any]  # server, request, peer
 
 FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PAUSE = 0.05  # seconds without accepting while the system is full
-ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings
-PATIENCE = 0.01  # seconds for which it is: a busy machine lets who was woken wait so long
 ROOM = 0.002  # seconds between two looks whether a client has made room for an answer
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
 _BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 _LAST_LOOK = 32  # connections that a leaving worker may still take from each listener that it polls
 _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
-_TCP_INFO = socket.TCP_INFO if sys.platform == "linux" else -1
-_UNACKED = slice(24, 28)  # tcpi_unacked, which of a listener is the length of its queue
 
 
 class Taker(Protocol):
@@ -78,12 +74,6 @@ class Acceptor:
         self.takes: list[Take] = [taker(server, board) for server in servers]
         self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))
         self._said = 0.0
-        self._aside_at = 0.0  # since when a queue was left to siblings
-        self._polls: dict[int, select.poll] = {}
-        for fd, server in zip(self.fds, servers, strict=True):
-            if _length(_listener(server)) is None:
-                self._polls[fd] = poll = select.poll()
-                poll.register(fd, select.POLLIN)
         self._null = -1
         self._closed = False  # by the program: its number may be somebody else's now
         self._wait: Callable[[], list[int]] | None = None
@@ -247,34 +237,6 @@ class Acceptor:
         for fd in self.fds:
             epoll.unregister(fd)
 
-    def hold(self, number: int) -> None:
-        """Tell siblings how many connections this worker has."""
-        self._board.ints[scoreboard.HELD] = number
-
-    def queued(self, fd: int) -> int:
-        """How many connections wait at a listener; where that is not known, which is not TCP, 1 if any does."""
-        poll = self._polls.get(fd)
-        if poll is not None:
-            return len(poll.poll(0))  # a tenth of what a vain accept costs
-        return _length(_listener(self._takers[fd][0])) or 0
-
-    def is_others(self, held: int, queued: int, single: bool) -> bool:
-        """Whether what is queued is rather for siblings, by whom who holds so many connections already.
-
-        Asked after a take. The one that was taken stays, so its worker was quick; a sibling that the kernel has woken
-        for the next one may not have run yet. As long as one is free and this worker has its share, leave the queue
-        alone and ask again after `ASIDE` seconds. In vain for `PATIENCE` seconds, it is False for as long.
-        `single`: no worker serves several at a time.
-        """
-        self.hold(held)
-        if not queued or not self._board.has_share(held, queued, single):
-            self._aside_at = 0.0
-            return False
-        now = monotonic()
-        if now - self._aside_at >= 2 * PATIENCE:
-            self._aside_at = now
-        return now - self._aside_at < PATIENCE
-
     def step_back(self, epoll: "select.epoll", fd: int) -> None:
         """After a take: let every other worker have its turn first."""
         epoll.unregister(fd)
@@ -313,15 +275,6 @@ class Acceptor:
 def _listener(server: Any) -> socket.socket:
     found: socket.socket = server.socket
     return found
-
-
-def _length(listener: socket.socket) -> int | None:
-    """Of its queue, where the kernel says so: of TCP, on Linux."""
-    try:
-        info = listener.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _UNACKED.stop)
-    except OSError:
-        return None
-    return int.from_bytes(info[_UNACKED], sys.byteorder)
 
 
 def stock(server: Any) -> bool:

@@ -67,7 +67,8 @@ class AsyncioWorker(LoopWorker):
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._tls = {id(server): bared(server) for server in self.servers}
-        self._gate = Gate(loop, self.acceptor, self._take, lambda: len(self._tasks), self.options.max_connections)
+        limit = self.options.max_connections
+        self._gate = Gate(loop, self.acceptor, self.share, self._take, lambda: len(self._tasks), limit)
         self._turning = True
         if self.draining:  # told before there was a loop to wake
             self._told()

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from prefork.workers.accept import ASIDE, FULL, PAUSE, Acceptor
+from prefork.workers.accept import FULL, PAUSE, Acceptor
+from prefork.workers.share import ASIDE, OURS, THEIRS, Share
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 BATCH = 8  # taken in one turn of the loop, where so many wait; with 1 a connection under load costs a third more
@@ -50,12 +51,14 @@ class Gate:
         self,
         loop: asyncio.AbstractEventLoop,
         acceptor: Acceptor,
+        share: Share,
         take: Callable[[int], bool],
         held: Callable[[], int],
         limit: int,
     ) -> None:
         self.over: asyncio.Future[None] = loop.create_future()
-        self._loop, self._acceptor, self._take, self._held, self._limit = loop, acceptor, take, held, limit
+        self._loop, self._acceptor, self._share = loop, acceptor, share
+        self._take, self._held, self._limit = take, held, limit
         self._is_open = self._paused = False
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
@@ -70,7 +73,7 @@ class Gate:
     def freed(self) -> None:
         """A connection has ended, so there may be room again."""
         held = self._held()
-        self._acceptor.hold(held)
+        self._share.hold(held)
         if not self._is_open:
             self.watch()
         if not held:  # asked at each end, it would take one by one what is cheaper together
@@ -108,17 +111,15 @@ class Gate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
-        taken, aside = 0, False
+        taken, whose = 0, OURS
         try:
-            while self._take(fd):
+            while whose == OURS and taken < BATCH and self._take(fd):
                 taken += 1
-                if not self.has_room():
+                held = self._held()
+                if held >= self._limit:
                     self.watch()
                     return
-                queued = self._acceptor.queued(fd)
-                aside = self._acceptor.is_others(self._held(), queued, single=False)
-                if aside or not queued or taken == BATCH:
-                    break
+                whose = self._share.whose(fd, held, single=False)
         except OSError as error:
             if error.errno in FULL:
                 self._acceptor.say_full(error)
@@ -128,7 +129,7 @@ class Gate:
             else:
                 self._fail(error)
         if taken:
-            self._step_out(fd, aside)
+            self._step_out(fd, whose == THEIRS)
 
     def _fail(self, error: OSError) -> None:
         """The program has closed a listener."""
@@ -157,7 +158,7 @@ class Gate:
     def _look(self, fd: int) -> None:
         """Whether what was left to siblings still is theirs: they may have taken it, or have more by now."""
         self._stop_looking(fd)
-        if fd in self._outside and self._acceptor.is_others(self._held(), self._acceptor.queued(fd), single=False):
+        if fd in self._outside and self._share.whose(fd, self._held(), single=False) == THEIRS:
             self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
         else:
             self._rejoin_soon(fd)

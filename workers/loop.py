@@ -16,6 +16,7 @@ from typing import Any
 from prefork.errors import RequestTimeout
 from prefork.workers.base import Worker
 from prefork.workers.request import FreeRequest, Request
+from prefork.workers.share import Share
 
 log = logging.getLogger("prefork")
 
@@ -117,6 +118,11 @@ class LoopWorker(Worker):
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._runner.get_loop()
+
+    @functools.cached_property
+    def share(self) -> Share:
+        """What this worker has of what the pool holds."""
+        return Share(dict(zip(self.acceptor.fds, self.servers, strict=True)), self._requests)
 
     def expired(self) -> None:
         """The loop has not turned for `slack` seconds after a request was due. Whatever was raised here might hit a

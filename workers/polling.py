@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
-from prefork.workers.accept import ASIDE, FULL, PAUSE
+from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
 from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
 from prefork.workers.response import Clock, refusal
+from prefork.workers.share import ASIDE, THEIRS, Share
 from prefork.workers.turns import NEVER, Turns
 
 _BATCH = 64  # events looked at between two looks at the clock
@@ -87,6 +88,7 @@ class PollingWorker(Limits, Worker):
     def run(self) -> None:
         acceptor = self.acceptor
         self._listeners = set(acceptor.fds)
+        self._share = Share(dict(zip(acceptor.fds, self.servers, strict=True)), self._requests)
         for server, site in self._sites.items():
             if site.verify is None:
                 acceptor.take_bare(server)
@@ -145,7 +147,7 @@ class PollingWorker(Limits, Worker):
             room = self._aside < 0 and self._resume_at <= now
             if room and (len(self._connections) < self.options.max_connections or self._close_idle()):
                 self._accept_again()
-        if self._aside >= 0 and not self._is_others(self._aside):
+        if self._aside >= 0 and not self._is_theirs(self._aside):
             self._accept_again()
 
     def _take(self, fd: int) -> None:
@@ -173,7 +175,7 @@ class PollingWorker(Limits, Worker):
         if self._resume_at < NEVER:
             return
         held = len(self._connections)
-        if held > waiting and self._is_others(fd):
+        if held > waiting and self._is_theirs(fd):
             self._stop_accepting(0.0, aside=fd)
         elif held > waiting or number > 1:
             self.acceptor.step_back(self._epoll, fd)
@@ -206,9 +208,8 @@ class PollingWorker(Limits, Worker):
             self.acceptor.poll_without(self._epoll)
         self._resume_at, self._aside = resume_at, aside
 
-    def _is_others(self, fd: int) -> bool:
-        acceptor = self.acceptor
-        return acceptor.is_others(len(self._connections), acceptor.queued(fd), single=self.threads == 1)
+    def _is_theirs(self, fd: int) -> bool:
+        return self._share.whose(fd, len(self._connections), single=self.threads == 1) == THEIRS
 
     def _accept_again(self) -> None:
         self._resume_at, self._aside = NEVER, -1
@@ -368,7 +369,7 @@ class PollingWorker(Limits, Worker):
 
     def _forget(self, connection: Connection) -> None:
         if self._connections.pop(connection.fd, None) is not None:
-            self.acceptor.hold(len(self._connections))
+            self._share.hold(len(self._connections))
             self._unpark(connection)
 
     def _unpark(self, connection: Connection) -> None:
