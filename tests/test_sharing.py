@@ -266,3 +266,32 @@ def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         assert await it.taken() == 1
 
     in_loop(main)
+
+
+def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all have ended that a batch found and left, the next one shares nothing out; not if that was long ago."""
+    monkeypatch.setattr(gate, "ASIDE", 0.0)
+    monkeypatch.setattr(gate, "PATIENCE", 60.0)
+
+    async def main(it: Loop) -> None:
+        it.dial(2)
+        it.gate.watch()
+        assert await it.taken() == 1
+        it.end(1)
+        assert await it.taken() == 1
+        it.end(1)
+        it.dial(6)
+        assert await it.taken() == 6, "as those before were short"
+        it.end(5)
+        it.dial(2)
+        assert await it.taken() == 2, "all that the batch before had found have ended"
+        it.dial(8)
+        assert await it.taken() < 8, "none has"
+        it.end(it.held)
+        while await it.taken():
+            it.end(it.held)
+        monkeypatch.setattr(gate, "PATIENCE", 0.0)
+        it.dial(2)
+        assert await it.taken() == 1, "it is long since the last"
+
+    in_loop(main)

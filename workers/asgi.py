@@ -161,14 +161,14 @@ class ASGIWorker(LoopWorker):
                 future.add_done_callback(go_on)
             return
         self._opening -= 1
-        self._gate.freed()  # in any case: since it became a connection, which was before this, it counted twice
+        self._gate.recount()  # in any case: since it became a connection, which was before this, it counted twice
 
     def _shaken(self, request: socket.socket, task: "asyncio.Task[Any]") -> None:
         self._handshakes.discard(task)
         if task.cancelled() or task.exception():
             request.close()
         self._opening -= 1
-        self._gate.freed()
+        self._gate.recount()
 
     # -- leaving ---------------------------------------------------------------------------------------------------
 

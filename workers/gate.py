@@ -18,10 +18,11 @@ import select
 import selectors
 import sys
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 from prefork.workers.accept import FULL, PAUSE, Acceptor
-from prefork.workers.share import ASIDE, OURS, THEIRS, Share
+from prefork.workers.share import ASIDE, OURS, PATIENCE, THEIRS, Share
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 BATCH = 8  # taken in one turn of the loop, where so many wait; with 1 a connection under load costs a third more
@@ -62,6 +63,7 @@ class Gate:
         self._is_open = self._paused = False
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
+        self._began_at, self._found, self._ended = 0.0, 0, 0  # of the last batch; what it found, what ended since
         self._outside: set[int] = set()  # listeners whose line it has left
         self._aside: dict[int, asyncio.TimerHandle] = {}  # of these, whose queue is left to siblings: the next look
         for fd in acceptor.fds:
@@ -72,6 +74,11 @@ class Gate:
 
     def freed(self) -> None:
         """A connection has ended, so there may be room again."""
+        self._ended += 1
+        self.recount()
+
+    def recount(self) -> None:
+        """There may be fewer connections, whether or not one has ended."""
         held = self._held()
         self._share.hold(held)
         if not self._is_open:
@@ -111,7 +118,7 @@ class Gate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
-        taken, whose = 0, OURS
+        taken, whose, brief = 0, OURS, self._are_brief()
         try:
             while whose == OURS and taken < BATCH and self._take(fd):
                 taken += 1
@@ -119,7 +126,8 @@ class Gate:
                 if held >= self._limit:
                     self.watch()
                     return
-                whose = self._share.whose(fd, held, single=False)
+                if not brief:
+                    whose = self._share.whose(fd, held, single=False)
         except OSError as error:
             if error.errno in FULL:
                 self._acceptor.say_full(error)
@@ -130,6 +138,14 @@ class Gate:
                 self._fail(error)
         if taken:
             self._step_out(fd, whose == THEIRS)
+
+    def _are_brief(self) -> bool:
+        """Whether connections end so soon that there is nothing to share out: since the last batch, a moment ago, all
+        have ended that it found, and one at least. A new batch begins."""
+        now, held = monotonic(), self._held()
+        brief = now - self._began_at < PATIENCE and self._ended >= max(1, self._found)
+        self._began_at, self._found, self._ended = now, held, 0
+        return brief
 
     def _fail(self, error: OSError) -> None:
         """The program has closed a listener."""
