@@ -50,8 +50,7 @@ class Slot:
         self.peer = view[PEER * 8 :]
         self._header = header.cast("Q")
         self._all = all.cast("Q")
-        self._shown: object = None
-        self._host: object = ""  # whose text is there already
+        self.host: object = ""  # whose text is there already
 
     @classmethod
     def detached(cls) -> "Slot":
@@ -62,21 +61,13 @@ class Slot:
         self.ints[PHASE] = phase
 
     def set_peer(self, peer: object) -> None:
-        """Store a client's address for people. The hot path stores host and port by itself."""
-        if peer is self._shown:
-            return
-        self._shown = peer
-        if type(peer) is tuple and len(peer) > 1:
-            host, port = peer[0], peer[1]
-            if host == self._host and type(port) is int:
-                self.ints[PEER_PORT] = port & 0xFFFF
-                return
-        else:
-            host, port = peer, 0
-        self._host = host if type(host) is str else self  # which no host is equal to
-        text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
-        self.peer[: len(text)] = text
-        self.ints[PEER_PORT] = port if isinstance(port, int) and 0 <= port <= 0xFFFF else 0
+        """Store a client's address for people. The hot paths store the port alone where the host is `host` already."""
+        host, port = (peer[0], peer[1]) if type(peer) is tuple and len(peer) > 1 else (peer, 0)
+        self.ints[PEER_PORT] = port if type(port) is int and 0 <= port <= 0xFFFF else 0
+        if host != self.host:
+            self.host = host if type(host) is str else self  # which no host is equal to
+            text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
+            self.peer[: len(text)] = text
 
     def has_share(self, held: int, queued: int, single: bool) -> bool:
         """Whether who holds so many connections has at least its share: of what the workers hold that could take

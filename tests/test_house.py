@@ -39,6 +39,7 @@ NEXT_DOOR = {
     ("workers.aio", "workers.coroutines"),
     *((f"workers.{kind}", f"workers.{of}") for kind in ("aio", "asgi") for of in ("gate", "loop")),
     ("workers.asgi", "workers.site"),
+    ("workers.site", "workers.request"),
     *(("workers.gate", f"workers.{part}") for part in ("accept", "share")),
     *(("workers.loop", f"workers.{part}") for part in ("request", "base", "share")),
     *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),

@@ -1,5 +1,6 @@
 """What a worker has in hand, as its slot of the scoreboard says it: counts, the oldest, the earliest deadline."""
 
+import asyncio
 import os
 import signal
 import socketserver
@@ -18,6 +19,7 @@ from prefork.workers.asgi import ASGIWorker
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
 from prefork.workers.loop import LoopWorker
+from prefork.workers.site import Site
 
 TIMEOUT = 30.0
 
@@ -116,6 +118,54 @@ def test_in_a_loop() -> None:
     assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
     assert bench.idle and bench.requests == 3 and not bench.worker._requests.open
     assert lifeline.WORN in bench.said()
+    bench.close()
+
+
+def test_in_an_asgi_application() -> None:
+    """Without a deadline, a request that begins when none is in hand is shown and counted as others are."""
+    bench = Bench(ASGIWorker, request_timeout=None, max_requests=3, max_requests_jitter=0)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await scope["until"].wait()
+
+    async def begin(site: Site, port: int) -> tuple[asyncio.Task[Any], asyncio.Event]:
+        until = asyncio.Event()
+        scope = {"type": "http", "client": client(port), "until": until}
+        task = asyncio.create_task(site.config.loaded_app(scope, None, None))
+        await asyncio.sleep(0)
+        return task, until
+
+    async def end(one: tuple[asyncio.Task[Any], asyncio.Event]) -> None:
+        one[1].set()
+        await one[0]
+
+    async def main() -> None:
+        assert isinstance(bench.worker, ASGIWorker)
+        site = Site(app, bench.worker, {})
+        first, second, third = await begin(site, 1), await begin(site, 2), await begin(site, 3)
+        assert bench.peer == "10.0.0.1:1" and bench.due_in is None
+        await end(second)
+        assert bench.peer == "10.0.0.1:1" and bench.requests == 1
+        await end(first)
+        assert bench.peer == "10.0.0.1:3" and bench.requests == 2
+        spent = bench.board.read(0, monotonic()).busy_time
+        linger(monotonic() + 0.02)
+        third[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await third[0]
+        assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
+        assert bench.idle and bench.requests == 3
+        assert lifeline.WORN in bench.said()
+        spent = bench.board.read(0, monotonic()).busy_time
+        alone = await begin(site, 4)
+        assert bench.peer == "10.0.0.1:4" and bench.requests == 3
+        linger(monotonic() + 0.02)
+        await end(alone)
+        assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
+        assert bench.idle and bench.requests == 4 and not bench.worker._requests.open
+
+    asyncio.run(main())
     bench.close()
 
 

@@ -115,7 +115,7 @@ class Request:
             floats[scoreboard.BUSY_TIME] = spent
             if among.shown is self:
                 if open:
-                    among.show(next(iter(open)))
+                    among.show_oldest()
                 else:
                     among.shown = None
                     floats[scoreboard.BUSY_SINCE] = 0.0
@@ -178,7 +178,7 @@ class FreeRequest(Request):
         floats[BUSY_TIME] = spent
         if among.shown is self:
             if open:
-                among.show(next(iter(open)))
+                among.show_oldest()
             else:
                 among.shown = None
                 floats[BUSY_SINCE] = 0.0
@@ -227,11 +227,11 @@ class Requests:
         self.timeout, self.limit, self.look, self.judge = timeout, limit, look, judge
         self.count, self.spent = 0, 0.0  # requests, and seconds in them
         # Oldest first; of those, which have a deadline in the order in which they came, and which have one out of it;
-        # and which one the scoreboard shows.
+        # and what the scoreboard shows, which is not in `open` where it needs no object (the class `asgi`).
         self.open: dict[Request, None] = {}
         self.due: dict[Request, None] = {}
         self.odd: dict[Request, None] = {}
-        self.shown: Request | None = None
+        self.shown: object = None
         self.finishing = False
         self.missed = False  # whether there was such an interrupt
         self.lent: Cells | None = None
@@ -309,16 +309,16 @@ class Requests:
                 least = one.deadline
         return least
 
-    def show(self, one: Request) -> None:
-        """Of what is in hand the scoreboard shows the oldest."""
-        self.shown = one
+    def show_oldest(self) -> None:
+        """Of what is in hand."""
+        self.shown = one = next(iter(self.open))
         self.board.floats[scoreboard.BUSY_SINCE] = one.start
         self.board.set_peer(one.peer)
 
     def show_again(self) -> None:
         with self.lock:
-            if self.shown is not None:
-                self.show(self.shown)
+            if self.open:
+                self.show_oldest()
 
     def move(self, one: Request, deadline: float) -> None:
         with self.lock:
