@@ -534,7 +534,7 @@ def head_of(headers: Any, status: Any = "200 OK") -> bytes:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         one = Connection(Site(lambda *_: [], {}, Bounds(), 0), ours, "")
-        request = Request({}, "GET", b"/", True, True)
+        request = Request({}, "HEAD", b"/", True, True)  # whose answer is nothing else
         request.complete = True
         Response(one, request, Desk()).run(lambda _, start_response: (start_response(status, headers), [b""])[1], {})
         return theirs.recv(65536).partition(b"Date: ")[0]
@@ -642,12 +642,17 @@ def test_date_beside_threads() -> None:
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, value)
             if getattr(self, "until", 0.0) > time.time():  # so long as this is so others take what is there
-                seen.append((self.both, self.date))
+                seen.append((self.kept, self.closed, self.date))
 
-    seen: list[tuple[bytes, bytes]] = []
+    seen: list[tuple[bytes, bytes, bytes]] = []
     clock = Watched("prefork")
     clock.look()
-    assert seen and all(both.startswith(b"Server: prefork\r\nDate: ") and date for both, date in seen)
+    server = b"Server: prefork\r\n"
+    assert seen
+    for kept, closed, date in seen:
+        assert date.startswith(b"Date: ")
+        assert kept == server + date + b"\r\n"
+        assert closed == server + date + b"Connection: close\r\n\r\n"
 
 
 FAULTS = (

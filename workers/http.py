@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 
 import httptools
 
-DONTWAIT = socket.MSG_DONTWAIT
+DONTWAIT = int(socket.MSG_DONTWAIT)
 READ = 65536  # bytes asked of the kernel at once
 
 # What a connection waits for: a first byte, the rest of a head, the rest of a short body, the client's end.
@@ -111,28 +111,32 @@ class Connection:
             "deadline",
             "fault",
             "fd",
+            "host",
             "parked",
             "peer",
             "phase",
+            "port",
             "requests",
             "served",
             "site",
             "sock",
         ),
-        *("_environ", "_head", "_parser", "_port", "_repeated", "_replaying", "_switches", "_target"),
+        *("_environ", "_head", "_parser", "_port_text", "_repeated", "_replaying", "_switches", "_target"),
     )
 
     def __init__(self, site: Site, sock: socket.socket, peer: Any) -> None:
         self.site, self.sock, self.peer = site, sock, peer
         self.fd = sock.fileno()
         self.requests: list[Request] = []
-        self.fault = self.served = self._head = 0
-        self.deadline = 0.0
-        self.phase = IDLE
+        self.fault = self.served = self._head = self._repeated = 0
+        self.phase, self.deadline = IDLE, 0.0
         self.broken = self.parked = self._replaying = self._switches = False
-        self._repeated = 0
         self._environ: dict[str, Any] | None = None
-        self._port = str(peer[1]) if type(peer) is tuple and len(peer) > 1 else ""
+        if type(peer) is tuple and len(peer) > 1:
+            self.host, self.port = peer[0], peer[1]
+            self._port_text = str(peer[1])
+        else:
+            self.host, self.port, self._port_text = peer, 0, ""
         self._parser = httptools.HttpRequestParser(self)
 
     # -- bytes in --------------------------------------------------------------------------------------------------
@@ -225,8 +229,8 @@ class Connection:
         if http11 and "HTTP_HOST" not in environ:
             self._refuse(400)
         environ["REQUEST_METHOD"] = method = _METHODS.get(name := parser.get_method()) or name.decode()
-        if self._port:
-            environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.peer[0], self._port
+        if self._port_text:
+            environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.host, self._port_text
         target = self._target
         text = target.decode("latin-1")
         if text[:1] == "/" and "#" not in text:

@@ -48,7 +48,8 @@ class PollingWorker(Limits, Worker):
         raise NotImplementedError
 
     def serve(self, connection: Connection) -> None:
-        """Answer what `connection.requests` has ready; then `park()` it, or `close()` or `linger()`. Any thread may."""
+        """Answer what `connection.requests` has ready, the first of them and those that follow; then `park()` it, or
+        `close()` or `linger()`. Any thread may."""
         raise NotImplementedError
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -156,12 +157,17 @@ class PollingWorker(Limits, Worker):
         To ask without having been told that somebody is there saves a poll where there is, a twentieth of what a short
         connection costs, and costs twice as much where there is not: it is done while it succeeds, and tried at times.
         """
+        try_take = self.acceptor.try_take
         for number in range(1, _TURN + 1):
             waiting = len(self._connections)
             if waiting >= self.options.max_connections and not self._close_idle():
                 self._stop_accepting(0.0)
                 return
-            taken = self._try_take(fd)
+            try:
+                taken = try_take(fd)
+            except OSError as error:
+                self._pause_if_full(error)
+                taken = None
             if taken is None:
                 self._crowded = self._crowded and number == 1
                 break
@@ -180,16 +186,12 @@ class PollingWorker(Limits, Worker):
         elif held > waiting or number > 1:
             self.acceptor.step_back(self._epoll, fd)
 
-    def _try_take(self, fd: int) -> Any:
-        try:
-            return self.acceptor.try_take(fd)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            self.acceptor.say_full(error)
-            self._close_idle()
-            self._stop_accepting(monotonic() + PAUSE)
-            return None
+    def _pause_if_full(self, error: OSError) -> None:
+        if error.errno not in FULL:
+            raise error
+        self.acceptor.say_full(error)
+        self._close_idle()
+        self._stop_accepting(monotonic() + PAUSE)
 
     def _take_last(self, fd: int, number: int) -> None:
         """What is queued when this worker is told to leave."""
@@ -357,11 +359,11 @@ class PollingWorker(Limits, Worker):
             self.park(connection, LINGER)
 
     def close(self, connection: Connection) -> None:
-        if self.threads == 1:
-            self._forget(connection)
-        else:
+        if self.threads > 1:
             with self._giving:
                 self._forget(connection)
+        elif connection.parked:
+            self._forget(connection)
         if self._forked and not connection.broken:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)

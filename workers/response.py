@@ -20,7 +20,8 @@ from prefork.workers.http import DONTWAIT, FAULTS, Connection, Request
 
 log = logging.getLogger("prefork")
 
-MORE = getattr(socket, "MSG_MORE", 0)
+# Numbers: to join two flags of an enum takes 44 bytecodes.
+MORE = DONTWAIT | int(getattr(socket, "MSG_MORE", 0))
 _JOIN = 65536  # bytes: parts are copied together up to this, to save a system call
 
 _PLAIN, _LENGTH, _DATE, _SERVER, _HOP = range(5)
@@ -58,18 +59,22 @@ class FileWrapper:
 
 
 class Clock:
-    """The Date header, made once a second: `look()` when it is `until`."""
+    """The Date header, made once a second: `look()` when it is `until`.
+
+    `kept`, `closed`: the end of nearly every head, of a connection that is kept or not.
+    """
 
     def __init__(self, server: str) -> None:
         self.server = f"Server: {server}\r\n".encode("latin-1") if server else b""
         self.until = 0.0
-        self.date = self.both = b""
+        self.date = self.kept = self.closed = b""
 
     def look(self) -> None:
         now = time()
         if now >= self.until:
             self.date = f"Date: {format_date_time(now)}\r\n".encode("latin-1")
-            self.both = self.server + self.date
+            self.kept = self.server + self.date + b"\r\n"
+            self.closed = self.server + self.date + b"Connection: close\r\n\r\n"
             self.until = int(now) + 1  # last: other threads take what is there until then
 
 
@@ -78,8 +83,8 @@ def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
     body = f"{FAULTS[status]}\n"
     clock.look()
     line, _ = _status_line(f"{status} {FAULTS[status]}")
-    rest = f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return line + clock.both + rest.encode("latin-1"), body.encode("latin-1")
+    kind = f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
+    return line + kind.encode("latin-1") + clock.closed, body.encode("latin-1")
 
 
 class Host(Protocol):
@@ -224,7 +229,8 @@ class Response:
             if not all(type(part) is bytes for part in parts):
                 raise TypeError("an application must give bytes")
             data = b"".join(parts) if size <= _JOIN else b""
-        if self._head_only() or 0 <= self._length != size or (size and not data):
+        # As in `_head_only()`, which is asked where this is true: without a status it is.
+        if self._bare or self._request.method == "HEAD" or 0 <= self._length != size or (size and not data):
             if self.status and self._length < 0 and not self._bare and size:
                 self._length = size
                 self._lines.append(b"Content-Length: %d\r\n" % size)
@@ -236,7 +242,7 @@ class Response:
         head = self._begin(size)
         # With nothing to close nothing delays the end of the stream, which may then share its segment.
         if size <= _JOIN:
-            self._push(head + data, DONTWAIT if self.keep else DONTWAIT | MORE)
+            self._push(head + data, DONTWAIT if self.keep else MORE)
         else:
             self._send(head, data, more=not self.keep)
 
@@ -247,12 +253,6 @@ class Response:
         clock = host.clock
         if time() >= clock.until:
             clock.look()
-        if not self._dated and not self._served:
-            lines.append(clock.both)
-        elif not self._dated:
-            lines.append(clock.date)
-        elif not self._served:
-            lines.append(clock.server)
         if self._length < 0 and not self._bare:
             if size >= 0:
                 self._length = size
@@ -264,11 +264,18 @@ class Response:
                 lines.append(b"Transfer-Encoding: chunked\r\n")
             else:
                 keep = False
-        if not keep:
-            lines.append(b"Connection: close\r\n")
-        elif not request.http11:
-            lines.append(b"Connection: keep-alive\r\n")
-        lines.append(b"\r\n")
+        if self._dated or self._served or (keep and not request.http11):
+            if not self._served:
+                lines.append(clock.server)
+            if not self._dated:
+                lines.append(clock.date)
+            if not keep:
+                lines.append(b"Connection: close\r\n")
+            elif not request.http11:
+                lines.append(b"Connection: keep-alive\r\n")
+            lines.append(b"\r\n")
+        else:
+            lines.append(clock.kept if keep else clock.closed)
         self.begun, self.keep = True, keep
         return b"".join(lines)
 
@@ -315,13 +322,13 @@ class Response:
 
     def _send(self, head: bytes, data: bytes = b"", tail: bytes = b"", more: bool = False) -> None:
         """Send all of it, waiting for the client where it must."""
-        flags = DONTWAIT | MORE if more else DONTWAIT
+        flags = MORE if more else DONTWAIT
         if len(data) <= _JOIN:
             self._push(head + data + tail, flags)
         else:
             if head:
-                self._push(head, DONTWAIT | MORE)
-            self._push(data, flags | MORE if tail else flags)
+                self._push(head, MORE)
+            self._push(data, MORE if tail else flags)
             if tail:
                 self._push(tail, flags)
 

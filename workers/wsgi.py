@@ -16,7 +16,7 @@ from typing import Any
 
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
-from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, REQUESTS
+from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.workers.child import Seat
 
 try:
@@ -93,20 +93,24 @@ class WSGIWorker(PollingWorker):
     def serve(self, connection: Connection) -> None:
         """Answer every request that is there. Then the connection waits, or is closed."""
         requests = connection.requests
-        while requests and (requests[0].complete or requests[0].early):
+        while True:
             request = requests[0]
             connection.served += 1
             response = Response(connection, request, self)
             try:
                 self._answer(connection, request, response)
-            finally:
-                if not response.keep and not self._disowned:
+            except BaseException:
+                if not self._disowned:
                     self._let_go(connection, request)
+                raise
             if self._disowned:
                 raise SystemExit  # a process that the application has forked shares with the worker what this waits for
             if not response.keep:
+                self._let_go(connection, request)
                 return
             del requests[0]
+            if not requests or not (requests[0].complete or requests[0].early):
+                break
         if connection.fault:
             self.turn_away(connection, connection.fault)
         else:
@@ -152,7 +156,11 @@ class WSGIWorker(PollingWorker):
         except ValueError:
             return False
         try:
-            self._board.set_peer(connection.peer)
+            board = self._board
+            if connection.host == board.host:
+                board.ints[PEER_PORT] = connection.port
+            else:
+                board.set_peer(connection.peer)
             response.run(connection.site.application, request.environ)
         finally:
             try:
