@@ -12,6 +12,7 @@ Stores go through a `memoryview` cast to the cell's type: 30-60 ns, where `struc
 import math
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 from prefork.options import MAX_WORKERS
 from prefork.states import Phase
@@ -62,8 +63,7 @@ class Slot:
 
     def set_peer(self, peer: object) -> None:
         """Store a client's address for people. The hot paths store the port alone where the host is `host` already."""
-        host, port = (peer[0], peer[1]) if type(peer) is tuple and len(peer) > 1 else (peer, 0)
-        self.ints[PEER_PORT] = port if type(port) is int and 0 <= port <= 0xFFFF else 0
+        host, self.ints[PEER_PORT] = host_and_port(peer)
         if host != self.host:
             self.host = host if type(host) is str else self  # which no host is equal to
             text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
@@ -90,6 +90,12 @@ class Slot:
     def pool_drains(self) -> bool:
         """Whether the whole pool stops: then the queue of the listener is to be emptied before leaving."""
         return bool(self._header[POOL_DRAINS])
+
+
+def host_and_port(peer: object) -> tuple[Any, int]:
+    """Of a client's address. What has no port, or one that is none, has 0."""
+    host, port = (peer[0], peer[1]) if type(peer) is tuple and len(peer) > 1 else (peer, 0)
+    return host, port if type(port) is int and 0 <= port <= 0xFFFF else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,8 @@ def test_any_peer(peer: object) -> None:
     board = Scoreboard()
     slot = board.slot(3)
     slot.set_peer(peer)
+    _, port = scoreboard.host_and_port(peer)
+    slot.ints[scoreboard.PEER_PORT] = port
     slot.floats[scoreboard.BUSY_SINCE] = 1.0
     entry = board.read(3, NOW)
     assert entry.peer and entry.peer.isprintable() and len(entry.peer) <= scoreboard.PEER_BYTES + 6

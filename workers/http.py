@@ -16,6 +16,8 @@ from urllib.parse import unquote_to_bytes
 
 import httptools
 
+from prefork.scoreboard import host_and_port
+
 DONTWAIT = int(socket.MSG_DONTWAIT)
 READ = 65536  # bytes asked of the kernel at once
 
@@ -132,11 +134,8 @@ class Connection:
         self.phase, self.deadline = IDLE, 0.0
         self.broken = self.parked = self._replaying = self._switches = False
         self._environ: dict[str, Any] | None = None
-        if type(peer) is tuple and len(peer) > 1:
-            self.host, self.port = peer[0], peer[1]
-            self._port_text = str(peer[1])
-        else:
-            self.host, self.port, self._port_text = peer, 0, ""
+        self.host, self.port = host_and_port(peer)
+        self._port_text = str(peer[1]) if type(peer) is tuple and len(peer) > 1 else ""
         self._parser = httptools.HttpRequestParser(self)
 
     # -- bytes in --------------------------------------------------------------------------------------------------
