@@ -65,9 +65,9 @@ class Slot:
         """Store a client's address for people. The hot paths store the port alone where the host is `host` already."""
         host, self.ints[PEER_PORT] = host_and_port(peer)
         if host != self.host:
-            self.host = host if type(host) is str else self  # which no host is equal to
             text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
             self.peer[: len(text)] = text
+            self.host = host if type(host) is str else self  # which no host is equal to
 
     def has_share(self, held: int, queued: int, single: bool) -> bool:
         """Whether who holds so many connections has at least its share: of what the workers hold that could take

@@ -962,6 +962,26 @@ def test_max_connections(start: Start, notes: Notes) -> None:
     program.finish()
 
 
+def test_a_websocket_at_max_connections(start: Start, notes: Notes) -> None:
+    """A connection that becomes a WebSocket makes no room for another one."""
+    program = serve(start, "-w", 1, "--max-connections", 2)
+    with ExitStack() as stack:
+        one = stack.enter_context(dial(program.address))
+        two, three = (stack.enter_context(contextlib.closing(Client(program.address))) for _ in range(2))
+        two.get()
+        ws = stack.enter_context(connect(f"ws://127.0.0.1:{program.address.port}/chat", sock=one))
+        three.request("GET", "/three")
+        three.sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            three.sock.recv(1, socket.MSG_PEEK)
+        three.sock.settimeout(5)
+        ws.send("one")
+        assert str(ws.recv(5)).endswith(":one")
+        ws.close()
+        assert three.getresponse().read().endswith(b":three")
+    program.finish()
+
+
 @pytest.mark.parametrize("kind", ["asgi", "app:Plain"])
 def test_a_burst_within_max_connections(start: Start, notes: Notes, kind: str) -> None:
     """Those who come at once are all accepted up to the limit, and none of them counts twice while he is."""

@@ -182,15 +182,34 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
         for _ in range(3):
             assert share.whose(fd, 2, single=True) == THEIRS
         assert mine.ints[scoreboard.HELD] == 2
-        share._since -= PATIENCE
+        share._since[fd] -= PATIENCE
         assert share.whose(fd, 2, single=True) == OURS
-        share._since -= PATIENCE
+        share._since[fd] -= PATIENCE
         assert share.whose(fd, 2, single=True) == THEIRS
         other.floats[scoreboard.BUSY_SINCE] = 1.0
         assert share.whose(fd, 2, single=True) == OURS
         for _ in range(2):
             stack.enter_context(server.get_request()[0])
         assert share.whose(fd, 2, single=True) == NOBODYS
+
+
+def test_each_queue_is_left_for_itself() -> None:
+    """What is found at another listener does not prolong the time for which a queue is left to siblings."""
+    _, (mine, _) = pool(0, 0)
+    with ExitStack() as stack:
+        servers = {}
+        for _ in range(2):
+            server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+            stack.callback(server.server_close)
+            servers[server.fileno()] = server
+        share = Share(servers, Accounts(mine))
+        one, other = servers
+        for _ in range(2):
+            stack.enter_context(dial(Address("tcp", *servers[one].server_address)))
+        assert share.whose(one, 2, single=False) == THEIRS
+        share._since[one] -= PATIENCE
+        assert share.whose(other, 2, single=False) == NOBODYS
+        assert share.whose(one, 2, single=False) == OURS
 
 
 # -- in an event loop ------------------------------------------------------------------------------
@@ -200,6 +219,9 @@ class Taker:
     """What an acceptor wants of its worker."""
 
     slot, draining, pool_drains = 0, False, False
+
+
+LIMIT = 12
 
 
 class Loop:
@@ -212,11 +234,12 @@ class Loop:
         self.address = Address("tcp", *server.server_address)
         self.stack, self.batches, self.held = stack, [0], 0
         _, (mine, _) = pool(0, 0)
+        self.cells = mine.ints
         self.acceptor = Acceptor(Taker(), [server], mine)
         stack.callback(os.close, self.acceptor._null)
         share = Share({server.fileno(): server}, Accounts(mine))
         loop = asyncio.get_running_loop()
-        self.gate = gate.Gate(loop, self.acceptor, share, self._take, lambda: self.held, 100)
+        self.gate = gate.Gate(loop, self.acceptor, share, self._take, lambda: self.held, LIMIT)
         stack.callback(self.gate.discard)
 
     def dial(self, number: int) -> None:
@@ -242,6 +265,7 @@ class Loop:
         self.batches.append(0)
         while not self.batches[-1] and (turns := turns - 1):
             await asyncio.sleep(0)
+        assert self.cells[scoreboard.HELD] == self.held
         return self.batches[-1]
 
 
@@ -293,5 +317,20 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(gate, "PATIENCE", 0.0)
         it.dial(2)
         assert await it.taken() == 1, "it is long since the last"
+
+    in_loop(main)
+
+
+def test_siblings_know_what_a_worker_at_its_limit_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last connection that there was room for is told as those before."""
+    monkeypatch.setattr(gate, "ASIDE", 0.0)
+
+    async def main(it: Loop) -> None:
+        it.gate.watch()
+        it.dial(LIMIT + 1)
+        tries = 1000
+        while it.held < LIMIT and (tries := tries - 1):
+            await it.taken()
+        assert it.held == LIMIT
 
     in_loop(main)

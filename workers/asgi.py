@@ -71,7 +71,7 @@ class ASGIWorker(LoopWorker):
     async def _start(self) -> None:
         from prefork.workers.site import Connections, Site
 
-        self._connections = Connections(lambda: self._gate.freed())
+        self._connections = Connections(self.loop, lambda: self._gate.freed())
         self._tasks: set[asyncio.Task[None]] = set()
         self._sites: dict[int, Site] = {}
         for server in self.servers:
@@ -161,14 +161,14 @@ class ASGIWorker(LoopWorker):
                 future.add_done_callback(go_on)
             return
         self._opening -= 1
-        self._gate.recount()  # in any case: since it became a connection, which was before this, it counted twice
+        self._gate.freed()  # in any case: since it became a connection, which was before this, it counted twice
 
     def _shaken(self, request: socket.socket, task: "asyncio.Task[Any]") -> None:
         self._handshakes.discard(task)
         if task.cancelled() or task.exception():
             request.close()
         self._opening -= 1
-        self._gate.recount()
+        self._gate.freed()
 
     # -- leaving ---------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Gate:
         self._is_open = self._paused = False
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
-        self._began_at, self._found, self._ended = 0.0, 0, 0  # of the last batch; what it found, what ended since
+        self._began_at, self._found, self._taken = 0.0, 0, 0  # when the last batch was, what it found and took
         self._outside: set[int] = set()  # listeners whose line it has left
         self._aside: dict[int, asyncio.TimerHandle] = {}  # of these, whose queue is left to siblings: the next look
         for fd in acceptor.fds:
@@ -73,12 +73,7 @@ class Gate:
         return self._held() < self._limit
 
     def freed(self) -> None:
-        """A connection has ended, so there may be room again."""
-        self._ended += 1
-        self.recount()
-
-    def recount(self) -> None:
-        """There may be fewer connections, whether or not one has ended."""
+        """There may be fewer connections, and room again."""
         held = self._held()
         self._share.hold(held)
         if not self._is_open:
@@ -118,16 +113,18 @@ class Gate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
-        taken, whose, brief = 0, OURS, self._are_brief()
+        whose, brief = OURS, self._are_brief()
         try:
-            while whose == OURS and taken < BATCH and self._take(fd):
-                taken += 1
+            while whose == OURS and self._taken < BATCH and self._take(fd):
+                self._taken += 1
                 held = self._held()
+                if brief or held >= self._limit:
+                    self._share.hold(held)
+                else:
+                    whose = self._share.whose(fd, held, single=False)
                 if held >= self._limit:
                     self.watch()
                     return
-                if not brief:
-                    whose = self._share.whose(fd, held, single=False)
         except OSError as error:
             if error.errno in FULL:
                 self._acceptor.say_full(error)
@@ -136,15 +133,16 @@ class Gate:
                 self.watch()
             else:
                 self._fail(error)
-        if taken:
+        if self._taken:
             self._step_out(fd, whose == THEIRS)
 
     def _are_brief(self) -> bool:
-        """Whether connections end so soon that there is nothing to share out: since the last batch, a moment ago, all
-        have ended that it found, and one at least. A new batch begins."""
+        """Whether connections end so soon that there is nothing to share out: since the last batch, a moment ago, as
+        many have ended as it found, and one at least. A new batch begins."""
         now, held = monotonic(), self._held()
-        brief = now - self._began_at < PATIENCE and self._ended >= max(1, self._found)
-        self._began_at, self._found, self._ended = now, held, 0
+        ended = self._found + self._taken - held
+        brief = now - self._began_at < PATIENCE and ended >= max(1, self._found)
+        self._began_at, self._found, self._taken = now, held, 0
         return brief
 
     def _fail(self, error: OSError) -> None:

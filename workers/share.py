@@ -44,7 +44,7 @@ class Share:
     def __init__(self, servers: Mapping[int, Any], accounts: Accounts) -> None:
         self._servers, self._accounts = servers, accounts
         self._counted = {fd for fd, server in servers.items() if _length(server) is not None}
-        self._since = 0.0  # when a queue was left to siblings
+        self._since = dict.fromkeys(servers, 0.0)  # when a queue was left to siblings
 
     def hold(self, number: int) -> None:
         """Tell siblings how many connections this worker has."""
@@ -73,12 +73,12 @@ class Share:
         self.hold(held)
         queued = self.queued(fd)
         if not queued or not self._accounts.board.has_share(held, queued, single):
-            self._since = 0.0
+            self._since[fd] = 0.0
             return OURS if queued else NOBODYS
         now = monotonic()
-        if now - self._since >= 2 * PATIENCE:
-            self._since = now
-        return THEIRS if now - self._since < PATIENCE else OURS
+        if now - self._since[fd] >= 2 * PATIENCE:
+            self._since[fd] = now
+        return THEIRS if now - self._since[fd] < PATIENCE else OURS
 
 
 def _length(server: Any) -> int | None:

@@ -45,18 +45,29 @@ class Accounts(Protocol):
 
 
 class Connections(set[Any]):
-    """Those of a worker. uvicorn's protocols add and remove themselves; `fewer` is called when one has."""
+    """Those of a worker. uvicorn's protocols add and remove themselves.
 
-    def __init__(self, fewer: Callable[[], object]) -> None:
-        self.fewer = fewer
+    In the next turn of the loop after some were removed `fewer` is called: by then a WebSocket has taken the place of
+    the protocol that it came by.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, fewer: Callable[[], object]) -> None:
+        self._soon, self._fewer, self._is_due = loop.call_soon, fewer, False
 
     def discard(self, one: Any) -> None:
         super().discard(one)
-        self.fewer()
+        if not self._is_due:
+            self._is_due = True
+            self._soon(self._tell)
 
     def remove(self, one: Any) -> None:
-        super().remove(one)
-        self.fewer()
+        if one not in self:
+            raise KeyError(one)
+        self.discard(one)
+
+    def _tell(self) -> None:
+        self._is_due = False
+        self._fewer()
 
 
 class State(ServerState):
@@ -189,15 +200,17 @@ class Site:
                 return await self._app(scope, receive, send)
             finally:
                 request.end()
-        requests.shown = self
-        board = requests.board
-        start = monotonic()
-        board.floats[BUSY_SINCE] = start
-        client = scope["client"]
-        if client and client[0] == board.host:
-            board.ints[PEER_PORT] = client[1]
-        else:
+        board, client = requests.board, scope["client"]
+        try:
+            if client and client[0] == board.host:
+                board.ints[PEER_PORT] = client[1]
+            else:
+                board.set_peer(client)
+        except (TypeError, ValueError):  # of a protocol that was set in `uvicorn_options`
             board.set_peer(client)
+        start = monotonic()
+        requests.shown = self
+        board.floats[BUSY_SINCE] = start
         try:
             return await self._app(scope, receive, send)
         finally:
