@@ -458,7 +458,7 @@ def test_a_head_is_kept_and_nothing_overtakes_it(orders: list[tuple[Any, ...]], 
 
     async def go() -> Recorder:
         recorder = Recorder()
-        transport = Joining(asyncio.get_running_loop(), recorder)
+        transport = Joining(asyncio.get_running_loop(), recorder, [])
         for name, *arguments in orders:
             getattr(transport, name)(*arguments)
         await asyncio.sleep(0)
@@ -467,12 +467,35 @@ def test_a_head_is_kept_and_nothing_overtakes_it(orders: list[tuple[Any, ...]], 
     assert asyncio.run(go()).told == told
 
 
+def test_heads_of_several_leave_with_the_turn() -> None:
+    """All heads that were written in a turn are sent at its end, and in the next turns as well."""
+
+    async def go() -> list[Recorder]:
+        kept: list[Joining] = []
+        recorders = [Recorder() for _ in range(3)]
+        one, two, three = (Joining(asyncio.get_running_loop(), recorder, kept) for recorder in recorders)
+        for _ in range(2):
+            one.write(HEAD)
+            one.write(b"body")
+            two.write(HEAD)
+            three.write(HEAD)
+            three.close()
+            await asyncio.sleep(0)
+            assert not kept
+        return recorders
+
+    one, two, three = asyncio.run(go())
+    assert one.told == [HEAD + b"body"] * 2
+    assert two.told == [HEAD] * 2
+    assert three.told == [HEAD, "close", "close"]
+
+
 def test_a_head_outlives_a_body_that_is_none() -> None:
     """What is no bytes is refused, and the head that came before it is sent."""
 
     async def go() -> Recorder:
         recorder = Recorder()
-        transport = Joining(asyncio.get_running_loop(), recorder)
+        transport = Joining(asyncio.get_running_loop(), recorder, [])
         transport.write(HEAD)
         with pytest.raises(TypeError):
             transport.write("text")

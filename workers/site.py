@@ -101,12 +101,17 @@ class Joining:
     for the second system call, and its client is woken twice.
 
     It is no copy of what a transport can do: what is not here is the transport's own.
+
+    Parameters
+    ----------
+    kept
+        Those that keep a head in this turn, of all that share it: one callback sends them all.
     """
 
     LARGE = 1 << 14  # bytes; to copy more of a body costs as much as another system call
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport) -> None:
-        self._transport, self._soon, self._send = transport, loop.call_soon, transport.write
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, kept: "list[Joining]") -> None:
+        self._transport, self._soon, self._send, self._kept = transport, loop.call_soon, transport.write, kept
         self._head = b""
         self.is_closing = transport.is_closing  # asked after each answer
 
@@ -116,7 +121,7 @@ class Joining:
     def write(self, data: Any) -> None:
         if self._head:
             if len(data) > self.LARGE:
-                self._flush()
+                self.flush()
                 self._send(data)
             else:
                 both = self._head + data
@@ -124,26 +129,36 @@ class Joining:
                 self._send(both)
         elif data[:5] == b"HTTP/" and type(data) is bytes:  # which cannot change while it is kept
             self._head = data
-            self._soon(self._flush)
+            kept = self._kept
+            if not kept:
+                self._soon(_flush_all, kept)
+            kept.append(self)
         else:
             self._send(data)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         head, self._head = self._head, b""
         if head and not self.is_closing():
             self._send(head)
 
     def writelines(self, parts: Any) -> None:
-        self._flush()
+        self.flush()
         self._transport.writelines(parts)
 
     def write_eof(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.write_eof()
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.close()
+
+
+def _flush_all(kept: list[Joining]) -> None:
+    some = kept[:]
+    kept.clear()
+    for one in some:
+        one.flush()
 
 
 class Site:
@@ -246,8 +261,10 @@ class Site:
 def _joining(protocol: Any, loop: asyncio.AbstractEventLoop) -> Any:
     """A protocol whose transport is a `Joining` one."""
 
+    kept: list[Joining] = []
+
     def connection_made(self: Any, transport: asyncio.Transport) -> None:
-        protocol.connection_made(self, Joining(loop, transport))
+        protocol.connection_made(self, Joining(loop, transport, kept))
 
     return type(protocol.__name__, (protocol,), {"connection_made": connection_made})
 
