@@ -225,15 +225,15 @@ LIMIT = 12
 
 
 class Loop:
-    """A gate in the loop that runs, of a worker with an idle sibling, and how much it took."""
+    """A gate in the loop that runs, of a worker that has a sibling, where both keep some; and how much it took."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, kept: int) -> None:
         server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         stack.callback(server.server_close)
         server.socket.listen(16)
         self.address = Address("tcp", *server.server_address)
-        self.stack, self.batches, self.held = stack, [0], 0
-        _, (mine, _) = pool(0, 0)
+        self.stack, self.batches, self.held = stack, [0], kept
+        _, (mine, _) = pool(kept, kept)
         self.cells = mine.ints
         self.acceptor = Acceptor(Taker(), [server], mine)
         stack.callback(os.close, self.acceptor._null)
@@ -269,16 +269,18 @@ class Loop:
         return self.batches[-1]
 
 
-def in_loop(main: Callable[[Loop], Coroutine[Any, Any, None]]) -> None:
+def in_loop(main: Callable[[Loop], Coroutine[Any, Any, None]], kept: int = 0) -> None:
     async def run() -> None:
         with ExitStack() as stack:
-            await main(Loop(stack))
+            await main(Loop(stack, kept))
 
     asyncio.run(run())
 
 
-def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that left a queue to its siblings takes from it as soon as it has ended what it had, before it looks."""
+@pytest.mark.parametrize("kept", [0, 3])
+def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """A worker that left a queue to its siblings takes from it as soon as it has ended what it took, before it looks;
+    also if it has others that stay."""
     monkeypatch.setattr(gate, "ASIDE", 60.0)
 
     async def main(it: Loop) -> None:
@@ -289,11 +291,13 @@ def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         it.end(1)
         assert await it.taken() == 1
 
-    in_loop(main)
+    in_loop(main, kept)
 
 
-def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all have ended that a batch found and left, the next one shares nothing out; not if that was long ago."""
+@pytest.mark.parametrize("kept", [0, 3])
+def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """Where as many have ended as were taken, the next batch shares nothing out, whatever else stays; but if that was
+    long ago."""
     monkeypatch.setattr(gate, "ASIDE", 0.0)
     monkeypatch.setattr(gate, "PATIENCE", 60.0)
 
@@ -308,17 +312,17 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch) -
         assert await it.taken() == 6, "as those before were short"
         it.end(5)
         it.dial(2)
-        assert await it.taken() == 2, "all that the batch before had found have ended"
-        it.dial(8)
-        assert await it.taken() < 8, "none has"
-        it.end(it.held)
+        assert await it.taken() == 2, "more than the batch before the last had taken have ended"
+        it.dial(7)
+        assert await it.taken() < 7, "none has"
+        it.end(it.held - kept)
         while await it.taken():
-            it.end(it.held)
+            it.end(it.held - kept)
         monkeypatch.setattr(gate, "PATIENCE", 0.0)
         it.dial(2)
         assert await it.taken() == 1, "it is long since the last"
 
-    in_loop(main)
+    in_loop(main, kept)
 
 
 def test_siblings_know_what_a_worker_at_its_limit_holds(monkeypatch: pytest.MonkeyPatch) -> None:

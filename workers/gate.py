@@ -64,6 +64,7 @@ class Gate:
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
         self._began_at, self._found, self._taken = 0.0, 0, 0  # when the last batch was, what it found and took
+        self._taken_before = 0  # by the one before it
         self._outside: set[int] = set()  # listeners whose line it has left
         self._aside: dict[int, asyncio.TimerHandle] = {}  # of these, whose queue is left to siblings: the next look
         for fd in acceptor.fds:
@@ -78,7 +79,7 @@ class Gate:
         self._share.hold(held)
         if not self._is_open:
             self.watch()
-        if not held:  # asked at each end, it would take one by one what is cheaper together
+        if held <= self._found:  # asked at each end, it would take one by one what is cheaper together
             for fd in list(self._aside):
                 self._look(fd)
 
@@ -138,11 +139,11 @@ class Gate:
 
     def _are_brief(self) -> bool:
         """Whether connections end so soon that there is nothing to share out: since the last batch, a moment ago, as
-        many have ended as it found, and one at least. A new batch begins."""
+        many have ended as the one before it took, and one at least. A new batch begins."""
         now, held = monotonic(), self._held()
         ended = self._found + self._taken - held
-        brief = now - self._began_at < PATIENCE and ended >= max(1, self._found)
-        self._began_at, self._found, self._taken = now, held, 0
+        brief = now - self._began_at < PATIENCE and ended >= max(1, self._taken_before)
+        self._began_at, self._found, self._taken, self._taken_before = now, held, 0, self._taken
         return brief
 
     def _fail(self, error: OSError) -> None:
