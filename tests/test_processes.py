@@ -23,12 +23,14 @@ Unblock = Callable[[], None]
 @pytest.fixture(autouse=True)
 def flat() -> Iterator[None]:
     """Nothing of the process is changed by a fork: descriptors, mask, collector, children."""
+    gc.unfreeze()  # what the collection of tests froze
     before = descriptors(os.getpid())
     mask, frozen, collecting = signal.pthread_sigmask(signal.SIG_BLOCK, []), gc.get_freeze_count(), gc.isenabled()
     yield
     assert not descriptors(os.getpid()) - before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
     assert gc.get_freeze_count() <= frozen and gc.isenabled() == collecting
+    gc.freeze()
 
 
 def collect(child: processes.Child, timeout: float = 10.0) -> tuple[int | None, int | None]:
