@@ -74,6 +74,7 @@ class Acceptor:
         self.takes: list[Take] = [taker(server, board) for server in servers]
         self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))
         self._said = 0.0
+        self._first = -1  # of `in_turn()`
         self._null = -1
         self._closed = False  # by the program: its number may be somebody else's now
         self._wait: Callable[[], list[int]] | None = None
@@ -206,12 +207,17 @@ class Acceptor:
 
     # -- for loops of one's own ------------------------------------------------------------------------------------
 
+    def in_turn(self) -> list[int]:
+        """The listeners, beginning with another one each time: what an epoll reports first takes what room there is."""
+        self._first = (self._first + 1) % len(self.fds)
+        return self.fds[self._first :] + self.fds[: self._first]
+
     def poll_with(self, epoll: "select.epoll") -> None:
         """Wait for the listeners with an epoll of one's own, so that one connection wakes one worker.
 
         Take in the order of its report, and at least the first: for that one nobody else was woken.
         """
-        for fd in self.fds:
+        for fd in self.in_turn():
             os.set_blocking(fd, False)
             self.join(epoll, fd)
 

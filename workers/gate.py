@@ -88,7 +88,7 @@ class Gate:
         wanted = not (self._paused or self.over.done()) and self.has_room()
         if wanted is not self._is_open:
             self._is_open = wanted
-            for fd in self._acceptor.fds:
+            for fd in self._acceptor.in_turn() if wanted else self._acceptor.fds:
                 if wanted:
                     self._loop.add_reader(fd, self._ready, fd)
                     self._step_back(fd)
