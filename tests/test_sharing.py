@@ -168,8 +168,8 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
     _, (mine, other) = pool(0, 0)
     with ExitStack() as stack:
         stack.callback(server.server_close)
-        (fd,) = fds = [server.fileno()]
-        share = Share(dict(zip(fds, [server], strict=True)), Accounts(mine))
+        fd = server.fileno()
+        share = Share([fd], [server], Accounts(mine))
         assert share.queued(fd) == 0 and share.whose(fd, 2, single=True) == NOBODYS
         for _ in range(3):
             stack.enter_context(dial(address))
@@ -202,7 +202,7 @@ def test_each_queue_is_left_for_itself() -> None:
             server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
             stack.callback(server.server_close)
             servers[server.fileno()] = server
-        share = Share(servers, Accounts(mine))
+        share = Share([*servers], [*servers.values()], Accounts(mine))
         one, other = servers
         for _ in range(2):
             stack.enter_context(dial(Address("tcp", *servers[one].server_address)))
@@ -237,7 +237,7 @@ class Loop:
         self.cells = mine.ints
         self.acceptor = Acceptor(Taker(), [server], mine)
         stack.callback(os.close, self.acceptor._null)
-        share = Share({server.fileno(): server}, Accounts(mine))
+        share = Share(self.acceptor.fds, [server], Accounts(mine))
         loop = asyncio.get_running_loop()
         self.gate = gate.Gate(loop, self.acceptor, share, self._take, lambda: self.held, LIMIT)
         stack.callback(self.gate.discard)

@@ -122,7 +122,7 @@ class LoopWorker(Worker):
     @functools.cached_property
     def share(self) -> Share:
         """What this worker has of what the pool holds."""
-        return Share(dict(zip(self.acceptor.fds, self.servers, strict=True)), self._requests)
+        return Share(self.acceptor.fds, self.servers, self._requests)
 
     def expired(self) -> None:
         """The loop has not turned for `slack` seconds after a request was due. Whatever was raised here might hit a

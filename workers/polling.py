@@ -89,7 +89,7 @@ class PollingWorker(Limits, Worker):
     def run(self) -> None:
         acceptor = self.acceptor
         self._listeners = set(acceptor.fds)
-        self._share = Share(dict(zip(acceptor.fds, self.servers, strict=True)), self._requests)
+        self._share = Share(acceptor.fds, self.servers, self._requests)
         for server, site in self._sites.items():
             if site.verify is None:
                 acceptor.take_bare(server)

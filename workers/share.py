@@ -9,7 +9,7 @@ Nobody is asked who has found an empty queue after a take, which is nearly every
 
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any, Protocol
 
@@ -37,14 +37,14 @@ class Share:
 
     Parameters
     ----------
-    servers
-        By the descriptor of the listener.
+    fds, servers
+        The listeners' descriptors, and whose they are.
     """
 
-    def __init__(self, servers: Mapping[int, Any], accounts: Accounts) -> None:
-        self._servers, self._accounts = servers, accounts
-        self._counted = {fd for fd, server in servers.items() if _length(server) is not None}
-        self._since = dict.fromkeys(servers, 0.0)  # when a queue was left to siblings
+    def __init__(self, fds: Sequence[int], servers: Sequence[Any], accounts: Accounts) -> None:
+        self._servers, self._accounts = dict(zip(fds, servers, strict=True)), accounts
+        self._counted = {fd for fd, server in self._servers.items() if _length(server) is not None}
+        self._since = dict.fromkeys(fds, 0.0)  # when a queue was left to siblings
 
     def hold(self, number: int) -> None:
         """Tell siblings how many connections this worker has."""
