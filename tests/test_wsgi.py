@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prefork.workers.response as response
-from prefork.workers.http import Body, Connection, Limits, Refused, Request, Site
+from prefork.workers.http import Body, Connection, Limits, Refused, Site
 from prefork.workers.response import Clock, Response
 from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, patterns, until
@@ -83,11 +83,22 @@ class Bounds(Limits):
     """The shipped ones."""
 
 
+class Desk:
+    """What a response asks of its worker."""
+
+    def __init__(self) -> None:
+        self.clock, self.draining = Clock(""), False
+
+
+def site(max_body: int = 0) -> Site:
+    return Site(lambda *_: [], {"SCRIPT_NAME": ""}, Bounds(), max_body, 10, Response.maker(Desk()))
+
+
 def connection(max_body: int = 0) -> Connection:
     one, other = socket.socketpair()
     one.close()
     other.close()
-    return Connection(Site(lambda *_: [], {"SCRIPT_NAME": ""}, Bounds(), max_body), other, "")
+    return Connection(site(max_body), other, "")
 
 
 def parsed(*parts: bytes) -> list[tuple[dict[str, Any], bytes, bool, bool]]:
@@ -181,6 +192,12 @@ MALFORMED = {
     "fragment": (b"GET /#a HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "star": (b"GET * HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "connect": (b"CONNECT a:80 HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "connect to a path": (b"CONNECT / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "connect with a body": (b"CONNECT / HTTP/1.0\r\nContent-Length: 1\r\n\r\na", 501),
+    "connect and upgrade": (
+        b"CONNECT http://a/ HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: x\r\n\r\n",
+        501,
+    ),
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "two hosts": (GET + HOST + b"\r\n", 400),
     "bare LF": (b"GET / HTTP/1.1\nHost: test\n\n", 400),
@@ -313,9 +330,12 @@ def test_slow_clients_are_let_go(start: Start, web: Dial) -> None:
         client = web(program).send(said)
         assert (client.answer().status, client.is_over()) == (status, True), said
     assert web(program).rest() == b""
-    kept = web(program)
-    assert kept.get().status == 200
-    assert kept.send(b"GET /").answer().status == 408
+    for begun in (b"GET /", b"G"):
+        kept = web(program)
+        assert kept.get().status == 200
+        assert kept.send(begun).answer().status == 408
+        kept = web(program).send(GET + b"\r\n" + begun)
+        assert [kept.answer().status, kept.answer().status] == [200, 408]
     program.finish()
 
 
@@ -415,6 +435,17 @@ def test_environ(start: Start, web: Dial) -> None:
     assert (found["CONTENT_TYPE"], found["CONTENT_LENGTH"], "HTTP_CONTENT_LENGTH" in found) == ("text/x", "5", False)
     found = environ_of(client.send(VALID["http 1.0"]).answer())
     assert found["SERVER_PROTOCOL"] == "HTTP/1.0"
+    program.finish()
+
+
+def test_liberties_of_an_application(start: Start, web: Dial) -> None:
+    """One that closes its input does no harm to the next request, with a body or without, and headers may be lists."""
+    program = serve(start)
+    client = web(program)
+    for body in (b"", b"", b"given", b""):
+        answer = client.get("/shut", method="POST" if body else "GET", body=body)
+        assert (answer.status, answer.body, answer.headers["content-type"]) == (200, body, "text/plain")
+    assert client.get("/upload").body.startswith(b"[0, ")
     program.finish()
 
 
@@ -519,24 +550,14 @@ def test_headers_by_the_thousand(start: Start, web: Dial) -> None:
     program.finish()
 
 
-class Desk:
-    """What a response asks of its worker."""
-
-    def __init__(self) -> None:
-        self.clock = Clock("")
-
-    def may_keep(self, connection: Connection) -> bool:
-        return True
-
-
 def head_of(headers: Any, status: Any = "200 OK") -> bytes:
     """What becomes of start_response(status, headers), up to the server's own lines."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        one = Connection(Site(lambda *_: [], {}, Bounds(), 0), ours, "")
-        request = Request({}, "HEAD", b"/", True, True)  # whose answer is nothing else
-        request.complete = True
-        Response(one, request, Desk()).run(lambda _, start_response: (start_response(status, headers), [b""])[1], {})
+        one = Connection(site(), ours, "")
+        one.feed(b"HEAD / HTTP/1.1\r\n" + HOST + b"\r\n")  # whose answer is nothing else
+        request: Any = one.requests.pop()
+        request.run(lambda _, start_response: (start_response(status, headers), [b""])[1])
         return theirs.recv(65536).partition(b"Date: ")[0]
 
 
@@ -656,7 +677,17 @@ def test_date_beside_threads() -> None:
 
 
 FAULTS = (
-    *("/raise", "/twice", "/never", "/text", "/split", "/badstatus/OK", "/badstatus/2000 Long", "/badstatus/100 Wait"),
+    *(
+        "/raise",
+        "/twice",
+        "/never",
+        "/never/iterated",
+        "/text",
+        "/split",
+        "/badstatus/OK",
+        "/badstatus/2000 Long",
+        "/badstatus/100 Wait",
+    ),
     *("/header/Connection=close", "/header/transfer-encoding=chunked", "/header/Keep-Alive=1", "/header/Up grade=1"),
     *("/header/X:y=1", "/header/=1", "/header/Content-Length=-1", "/header/Content-Length=x", "/header/Upgrade=h2c"),
 )
@@ -800,7 +831,7 @@ def test_body_of_a_stream() -> None:
     """A body that is cut short, or turns out malformed, is an error for whoever reads it, never an end."""
     one, other = socket.socketpair()
     with one, other:
-        connection = Connection(Site(lambda *_: [], {}, Bounds(), 0), other, "")
+        connection = Connection(site(), other, "")
         connection.feed(CHUNKED + b"5\r\nhello\r\n")
         body = Body(connection, connection.requests[0], lambda: None)
         assert body.read(100) == b"hello"
@@ -809,6 +840,20 @@ def test_body_of_a_stream() -> None:
             body.read(100)
         with pytest.raises(Refused):
             body.read(100)
+
+
+def test_head_after_a_streamed_body() -> None:
+    """What was read of a body, in however large a piece, does not count as a part of the next head."""
+    one, other = socket.socketpair()
+    with one, other:
+        connection = Connection(site(), other, "")
+        connection.feed(POST + b"Content-Length: 131072\r\n\r\n" + b"x" * 65536)
+        body = Body(connection, connection.requests.pop(), lambda: None)
+        one.sendall(b"x" * 65536)
+        assert len(b"".join(iter(lambda: body.read(65536), b""))) == 131072
+        connection.feed(GET + b"X: ")
+        connection.feed(b"1\r\n\r\n")
+        assert (len(connection.requests), connection.fault) == (1, 0)
 
 
 def test_file_wrapper(start: Start, web: Dial) -> None:

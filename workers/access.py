@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from prefork.workers.http import Connection, Request
+from prefork.workers.http import Connection
 from prefork.workers.response import Response
 
 log = logging.getLogger("prefork.access")
@@ -35,7 +35,7 @@ class AccessLog:
         self._second = 0
         self._when = ""
 
-    def write(self, connection: Connection, request: Request, response: Response) -> None:
+    def write(self, connection: Connection, request: Response) -> None:
         environ, peer = request.environ, connection.peer
         log.info(
             '%s - - %s "%s %s %s" %s %d "%s" "%s"',
@@ -44,8 +44,8 @@ class AccessLog:
             request.method,
             request.target.decode("latin-1").replace('"', "%22"),
             "HTTP/1.1" if request.http11 else "HTTP/1.0",
-            response.status[:3] or "-",
-            response.sent,
+            request.status[:3] or "-",
+            request.sent,
             _quoted(environ.get("HTTP_REFERER")),
             _quoted(environ.get("HTTP_USER_AGENT")),
         )

@@ -25,6 +25,7 @@ READ = 65536  # bytes asked of the kernel at once
 IDLE, HEAD, BODY, LINGER = range(4)
 
 LAST = 0x7FFF_FFFF_FFFF_FFFF
+NO_BODY: list[bytes] = []  # of all requests that have none, and never changed
 
 FAULTS = {
     400: "Bad Request",
@@ -39,9 +40,12 @@ FAULTS = {
     505: "HTTP Version Not Supported",
 }
 
-_KEYS: dict[bytes, str] = {b"Content-Type": "CONTENT_TYPE", b"Content-Length": "CONTENT_LENGTH"}
+# Which header becomes which key. Some tell of a body or the like, and are apart, so that others cost no look for it.
+_keys: dict[bytes, str] = {}
+_telling: dict[bytes, str] = {}
 _KEYS_LEARNED = 1000  # header names are the client's choice: not more than so many are remembered
-_DROPPED = ""
+_TELLING = ("CONTENT_LENGTH", "HTTP_EXPECT", "HTTP_TRANSFER_ENCODING", "HTTP_UPGRADE")
+_SLASH = ord("/")
 _METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST")}
 
 
@@ -71,12 +75,33 @@ class Limits:
 
 
 class Site:
-    """What all connections of one listener share."""
+    """What all connections of one listener share.
 
-    __slots__ = ("application", "base", "keys", "limits", "line", "max_body", "verify")
+    Parameters
+    ----------
+    base
+        What of the environment is the same for all requests.
+    keep
+        How many requests a connection may have; none is kept with 0.
+    make
+        What the parser makes of a head: a `Request`, or what else that is to its owner. It gets the connection, the
+        environment, the method, the target, whether the client wants the connection kept, and whether it speaks 1.1.
+        It is complete, without a body, unless its parser goes on to change that.
+    """
 
-    def __init__(self, application: Callable[..., Any], base: dict[str, Any], limits: Limits, max_body: int) -> None:
+    __slots__ = ("application", "base", "keep", "keys", "limits", "line", "make", "max_body", "verify")
+
+    def __init__(
+        self,
+        application: Callable[..., Any],
+        base: dict[str, Any],
+        limits: Limits,
+        max_body: int,
+        keep: int,
+        make: Callable[["Connection", dict[str, Any], str, bytes, bool, bool], "Request"],
+    ) -> None:
         self.application, self.limits, self.max_body = application, limits, max_body or LAST
+        self.keep, self.make = keep, make
         self.base = base | {"SERVER_PROTOCOL": "HTTP/1.1"}
         self.verify: Callable[[Any, Any], bool] | None = None
         # What a request adds beside headers are method, path, query, and its client's port.
@@ -86,31 +111,40 @@ class Site:
 class Request:
     """A request whose head is complete, and as much of its body as has come.
 
-    `keep`: the client wants the connection kept. `early`: the application is called before the body is complete.
+    `keep`: the client wants the connection kept. `early`: the application is called before the body is complete; like
+    `size` and `expects` it is there where the head tells of a body or the like.
+
+    Set by who makes one (`Site.make`), not by an `__init__`: a call from C into Python costs as much as all of it.
     """
 
     __slots__ = ("body", "complete", "early", "environ", "expects", "http11", "keep", "method", "size", "target")
 
-    def __init__(self, environ: dict[str, Any], method: str, target: bytes, keep: bool, http11: bool) -> None:
-        # Method and target once more: the environment is the application's to change.
-        self.environ, self.method, self.target, self.keep, self.http11 = environ, method, target, keep, http11
-        self.body: list[bytes] = []
-        self.size = 0
-        self.complete = self.early = self.expects = False
+    # Method and target once more: the environment is the application's to change.
+    environ: dict[str, Any]
+    method: str
+    target: bytes
+    body: list[bytes]
+    size: int
+    keep: bool
+    http11: bool
+    complete: bool
+    early: bool
+    expects: bool
 
 
 class Connection:
     """One client, and the callbacks of its parser.
 
-    `requests` are those that were not answered yet, in order; only the last of them can be incomplete. `fault` is the
-    status that is due after them, when what followed could not be understood: then nothing more is read.
-    `broken`: an answer could not be finished.
+    `requests` are those that nobody answers yet, in order; only the last that was made can be incomplete. `fault` is
+    the status that is due after them, when what followed could not be understood: then nothing more is read.
+    `environ`: what a head that comes has become so far, if one does. `broken`: an answer could not be finished.
     """
 
     __slots__ = (
         *(
             "broken",
             "deadline",
+            "environ",
             "fault",
             "fd",
             "host",
@@ -123,7 +157,8 @@ class Connection:
             "site",
             "sock",
         ),
-        *("_environ", "_head", "_parser", "_port_text", "_repeated", "_replaying", "_switches", "_target"),
+        *("_head", "_incomplete", "_parser", "_port_text", "_repeated", "_replaying", "_switches"),
+        *("_target", "_tells"),
     )
 
     def __init__(self, site: Site, sock: socket.socket, peer: Any) -> None:
@@ -132,8 +167,9 @@ class Connection:
         self.requests: list[Request] = []
         self.fault = self.served = self._head = self._repeated = 0
         self.phase, self.deadline = IDLE, 0.0
-        self.broken = self.parked = self._replaying = self._switches = False
-        self._environ: dict[str, Any] | None = None
+        self.broken = self.parked = self._replaying = self._switches = self._tells = False
+        self.environ: dict[str, Any] | None = None
+        self._incomplete: Any = None  # the request whose body comes, if one does
         self.host, self.port = host_and_port(peer)
         self._port_text = str(peer[1]) if type(peer) is tuple and len(peer) > 1 else ""
         self._parser = httptools.HttpRequestParser(self)
@@ -142,20 +178,27 @@ class Connection:
 
     def feed(self, data: bytes) -> None:
         """Parse what has come. It raises nothing: see `requests` and `fault`."""
+        body = self._incomplete is not None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as switch:
-            self._ignore_upgrade(data[switch.args[0] :])
+            if self._switches:
+                self._ignore_upgrade(data[switch.args[0] :])
+            else:  # for a reason that is not known here
+                self.fault = self.fault or 400
         except httptools.HttpParserError:
             self.fault = self.fault or 400
-        if not self.requests and not self.fault:
+        if not (self.requests or body or self._incomplete is not None or self.fault):
             self._head += len(data)
             if self._head > self.site.limits.MAX_HEAD:
                 self.fault = 431
 
     def close(self) -> None:
         self.sock.close()
-        del self._parser  # it holds this object's methods: without the circle both are freed now, not by a collection
+        # It holds this object's methods, a request this object: without circles all are freed now, not by a collection.
+        del self._parser
+        if self.requests or self._incomplete is not None:
+            self.requests, self._incomplete = [], None
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """No other protocol is spoken here, so the message goes on as HTTP/1.1.
@@ -163,26 +206,20 @@ class Connection:
         The parser takes all that follows for the other protocol, the body too. Another one, told by a head of its own
         how the body is delimited, goes on from there.
         """
-        request = self.requests[-1]
-        chunked = "HTTP_TRANSFER_ENCODING" in request.environ
-        length = request.environ.get("CONTENT_LENGTH", "0")
-        framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
+        environ = self._incomplete.environ
+        chunked = "HTTP_TRANSFER_ENCODING" in environ
+        framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {environ.get('CONTENT_LENGTH', '0')}"
         self._parser = httptools.HttpRequestParser(self)
         self._replaying, self._switches = True, False
-        self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode("latin-1"))
+        self._parser.feed_data(f"POST / HTTP/1.1\r\nHost: \r\n{framing}\r\n\r\n".encode("latin-1"))
         self._replaying = False
         if rest:
             self.feed(rest)
 
-    @property
-    def midway(self) -> bool:
-        """Whether a part of a head has come."""
-        return self._environ is not None
-
     # -- the parser's callbacks ------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self._environ = self.site.base.copy()
+        self.environ = self.site.base.copy()
         self._target = b""
 
     def on_url(self, part: bytes) -> None:
@@ -191,19 +228,27 @@ class Connection:
             self._refuse(414)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        environ = self._environ
+        environ = self.environ
         if environ is None:
             return  # a trailer
-        key = _KEYS.get(name)
-        if key is None:
-            key = _learn(name)
+        key = _keys.get(name) or self._key(name)
         if key in environ:
             self._repeat(environ, key, value)
         elif key:
             environ[key] = value.rstrip().decode("latin-1")
 
+    def _key(self, name: bytes) -> str:
+        """Of a header that tells something, or is new here."""
+        key = _telling.get(name)
+        if key is None:
+            key = _learn(name)
+        if key in _TELLING:
+            self._tells = True
+        return key
+
     def _repeat(self, environ: dict[str, Any], key: str, value: bytes) -> None:
         self._repeated += 1
+        self._tells = True
         if key == "HTTP_HOST" or key == "CONTENT_TYPE":
             self._refuse(400)
         if self._repeated > self.site.limits.MAX_FIELDS:
@@ -211,9 +256,8 @@ class Connection:
         environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value.rstrip().decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        environ, self._environ = self._environ, None
-        if environ is None or self._replaying:
-            return
+        environ: Any = self.environ
+        self.environ = None
         parser = self._parser
         # It is only right in here: afterwards the parser has forgotten the Connection header.
         http11 = keep = parser.should_keep_alive()
@@ -225,37 +269,38 @@ class Connection:
                 if version != "1.0":
                     self._refuse(505)
                 environ["SERVER_PROTOCOL"] = "HTTP/1.0"
-        if http11 and "HTTP_HOST" not in environ:
+        if "HTTP_HOST" not in environ and http11:
             self._refuse(400)
-        environ["REQUEST_METHOD"] = method = _METHODS.get(name := parser.get_method()) or name.decode()
+        environ["REQUEST_METHOD"] = method = _METHODS.get(name := parser.get_method()) or self._method(name)
         if self._port_text:
             environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.host, self._port_text
         target = self._target
         text = target.decode("latin-1")
-        if text[:1] == "/" and "#" not in text:
+        if target[0] == _SLASH and "#" not in text:
             path, _, environ["QUERY_STRING"] = text.partition("?")
             if "%" in path:
                 path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
             environ["PATH_INFO"] = path
         else:
             self._locate(environ, target)
-        request = Request(environ, method, target, keep, http11)
-        if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
-            self._announce(request, environ)
-        if "HTTP_EXPECT" in environ and http11:
-            if environ["HTTP_EXPECT"].lower() != "100-continue":
-                self._refuse(417)
-            request.expects = request.early = True
-        if "HTTP_UPGRADE" in environ:
-            self._switches = parser.should_upgrade()
-        if len(environ) > self.site.keys:
+        site = self.site
+        request = site.make(self, environ, method, target, keep, http11)
+        if self._tells:
+            self._tells = False
+            if self._replaying:
+                return
+            self._heed(request, environ)
+        if len(environ) > site.keys:
             self._refuse(431)
-        self._head = self._repeated = 0
+        self._head = 0
         self.requests.append(request)
 
     def on_body(self, data: bytes) -> None:
-        request = self.requests[-1]
-        request.body.append(data)
+        request = self._incomplete
+        if request.body:
+            request.body.append(data)
+        else:
+            request.body = [data]
         request.size += len(data)
         if request.size > self.site.limits.READ_AHEAD:
             request.early = True
@@ -263,10 +308,33 @@ class Connection:
             self._refuse(413)
 
     def on_message_complete(self) -> None:
-        if not self._switches:  # or it is that of the head alone
-            self.requests[-1].complete = True
+        # One without a body was complete before. While the protocol switches it is only the end of a head.
+        if self._incomplete is not None and not self._switches:
+            self._incomplete.complete = True
+            self._incomplete = None
 
     # -- what is refused -------------------------------------------------------------------------------------------
+
+    def _method(self, name: bytes) -> str:
+        """One that is rare. After CONNECT, whatever its target, the parser expects no HTTP any more."""
+        if name == b"CONNECT":
+            self._refuse(501)
+        return name.decode()
+
+    def _heed(self, request: Request, environ: dict[str, Any]) -> None:
+        """What a head says of the connection and of what follows it."""
+        self._repeated = 0
+        request.complete = request.early = request.expects = False
+        request.size = 0
+        self._incomplete = request
+        if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
+            self._announce(request, environ)
+        if "HTTP_EXPECT" in environ and request.http11:
+            if environ["HTTP_EXPECT"].lower() != "100-continue":
+                self._refuse(417)
+            request.expects = request.early = True
+        if "HTTP_UPGRADE" in environ:
+            self._switches = self._parser.should_upgrade()
 
     def _announce(self, request: Request, environ: dict[str, Any]) -> None:
         """A body is announced. Its length was checked by the parser: digits, once, and not beside a coding."""
@@ -282,11 +350,9 @@ class Connection:
             self._refuse(501)
 
     def _locate(self, environ: dict[str, Any], target: bytes) -> None:
-        """A target that is no plain path: a whole URL, as to a proxy; `*`; or a host, for CONNECT."""
+        """A target that is no plain path: a whole URL, as to a proxy, or `*`."""
         method = environ["REQUEST_METHOD"]
         path, query = b"", b""
-        if method == "CONNECT":
-            self._refuse(501)
         if target != b"*" or method != "OPTIONS":
             try:
                 url = httptools.parse_url(target)
@@ -307,15 +373,15 @@ class Connection:
 
 
 def _learn(name: bytes) -> str:
-    """The key of a header, remembered. One with an underscore is dropped: it would pass for another with a hyphen."""
+    """The key of a header, remembered. One with an underscore is dropped (""): it would pass for one with a hyphen."""
     if b"_" in name:
-        key = _DROPPED
-    else:
-        key = name.decode("latin-1").upper().replace("-", "_")
-        if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-            key = "HTTP_" + key
-    if len(_KEYS) < _KEYS_LEARNED and len(name) <= 64:
-        _KEYS[name] = key
+        return ""
+    key = name.decode("latin-1").upper().replace("-", "_")
+    if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        key = "HTTP_" + key
+    known = _telling if key in _TELLING else _keys
+    if len(known) < _KEYS_LEARNED and len(name) <= 64:
+        known[name] = key
     return key
 
 

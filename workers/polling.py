@@ -112,11 +112,15 @@ class PollingWorker(Limits, Worker):
 
     def turn(self) -> None:
         """Wait for whatever comes, and serve it, or hand it over."""
-        connections, room, watched = self._connections, _BATCH, self._resume_at < NEVER
+        connections, room = self._connections, _BATCH
+        if self._resume_at == NEVER:
+            wait = self._tick if connections else -1.0
+        else:
+            wait = PAUSE if self._aside < 0 else ASIDE
         if self.threads > 1:
-            room, watched = self._turns.room, watched or self._turns.busy
-        watched = watched or bool(connections)
-        wait = -1.0 if not watched else self.pause if self._aside < 0 else ASIDE
+            room = self._turns.room
+            if wait < 0.0 and self._turns.busy:
+                wait = self._tick
         if room:
             for fd, _ in self._epoll.poll(wait, room):
                 connection = connections.get(fd)
@@ -131,7 +135,7 @@ class PollingWorker(Limits, Worker):
                     os.read(fd, 64)
         else:
             self._turns.wait(wait)
-        if watched:
+        if wait > 0.0 and (self._aside >= 0 or monotonic() >= self._tick_at):
             self.look()
 
     @property

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol
 from wsgiref.handlers import format_date_time
 
-from prefork.workers.http import DONTWAIT, FAULTS, Connection, Request
+from prefork.workers.http import DONTWAIT, FAULTS, NO_BODY, Connection, Request
 
 log = logging.getLogger("prefork")
 
@@ -24,7 +24,7 @@ log = logging.getLogger("prefork")
 MORE = DONTWAIT | int(getattr(socket, "MSG_MORE", 0))
 _JOIN = 65536  # bytes: parts are copied together up to this, to save a system call
 
-_PLAIN, _LENGTH, _DATE, _SERVER, _HOP = range(5)
+_PLAIN, _LENGTH, _DATE, _SERVER, _HOP = 0, 1, 2, 4, 8
 # PEP 3333: an application must not use HTTP/1.1's hop-by-hop features.
 _HOPS = ("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "TE", "Trailers", "Trailer")
 _KINDS = {"content-length": _LENGTH, "date": _DATE, "server": _SERVER}
@@ -35,7 +35,7 @@ _STATUS = re.compile(r"[2-9][0-9][0-9] [\t -~\x80-\xff]*")
 # time must not cost more than itself. Where there are too many all are forgotten, and those in use come back.
 _names: dict[str, int] = {}
 _statuses: dict[str, tuple[bytes, bool]] = {}
-_headers: dict[tuple[str, str], tuple[int, bytes]] = {}
+_headers: dict[tuple[str, str], tuple[int, bytes, int]] = {}
 _LEARNED = 1000
 _SHORT = 256  # bytes of a line that is remembered
 
@@ -88,32 +88,44 @@ def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
 
 
 class Host(Protocol):
-    """What a response asks of its worker: the Date, and whether a connection may be used again."""
+    """What a response asks of its worker: the Date, and whether it is about to leave."""
 
     clock: Clock
+    draining: bool
 
-    def may_keep(self, connection: Connection) -> bool: ...
 
+class Response(Request):
+    """A request and the answer to it, in one object: a second one would cost a twentieth of all that a request does.
 
-class Response:
-    """The answer to one request.
-
-    `begun`: its head has been sent. `keep`: the connection can be used again; known once it has begun. `sent`: bytes of
+    `begun`: its head has been sent. `kept`: the connection can be used again; known once it has begun. `sent`: bytes of
     the body. `excess`: the application gave more of it than its Content-Length.
     """
 
     __slots__ = (
-        *("begun", "excess", "keep", "sent", "status", "_bare", "_chunked", "_connection", "_dated", "_host"),
-        *("_length", "_lines", "_request", "_served"),
+        *("begun", "excess", "kept", "sent", "status", "_bare", "_chunked", "_connection", "_host", "_length"),
+        *("_lines", "_own", "_plain"),
     )
 
-    def __init__(self, connection: Connection, request: Request, host: Host) -> None:
-        self._connection, self._request, self._host = connection, request, host
-        self.begun = self.excess = self.keep = self._chunked = False
-        self.sent = 0
-        self.status = ""
-        self._bare = True  # as long as there is no status
-        self._length = -1
+    status: str
+    _connection: Connection
+    _host: Host
+
+    @classmethod
+    def maker(cls, host: Host) -> Callable[[Connection, dict[str, Any], str, bytes, bool, bool], "Response"]:
+        """What a parser makes requests with."""
+
+        def make(
+            connection: Connection, environ: dict[str, Any], method: str, target: bytes, keep: bool, http11: bool
+        ) -> Response:
+            one = cls()
+            one._connection, one._host = connection, host
+            one.environ, one.method, one.target, one.keep, one.http11 = environ, method, target, keep, http11
+            one.body, one.complete = NO_BODY, True
+            one.begun = one.kept = one._plain = False
+            one.status, one.sent = "", 0
+            return one
+
+        return make
 
     # -- what the application calls --------------------------------------------------------------------------------
 
@@ -130,35 +142,36 @@ class Response:
         elif self.status:
             raise AssertionError("start_response() was called again, without exc_info")
         line, bare = _statuses.get(status) or _status_line(status)
-        length, dated, served = -1, False, False
-        lines = [line]
-        for name, value in headers:
-            kind, line = _headers.get((name, value)) or _header_line(name, value)
+        lines, length, own = [line], -1, 0
+        for header in headers:
+            try:
+                known = _headers.get(header)
+            except TypeError:
+                known = None  # a list in the place of a tuple
+            kind, line, number = known or _header_line(*header)
             if kind:
                 if kind == _LENGTH:
-                    length = int(value)
+                    length = number
                     if bare and not status.startswith("304"):
                         continue
-                elif kind == _DATE:
-                    dated = True
                 else:
-                    served = True
+                    own |= kind
             lines.append(line)
-        self.status, self._lines, self._bare = status, lines, bare
-        self._length, self._dated, self._served = length, dated, served
+        self.status, self._lines, self._length = status, lines, length
+        self._plain = not (own or bare) and self.http11 and self.method != "HEAD"
+        self._own, self._bare, self._chunked, self.excess = own, bare, False, False
         return self.write
 
     def write(self, data: bytes) -> None:
         """What `start_response` returns. Empty data sends nothing, also no head."""
-        if type(data) is not bytes:
-            raise TypeError(f"an application must give bytes, not {type(data).__name__}")
+        _check(data)
         if not data:
             return
-        size, length = len(data), self._length
         if self._head_only():
             if not self.begun:
                 self._send(self._begin(-1))
             return
+        size, length = len(data), self._length
         if 0 <= length < self.sent + size:
             self.excess = True
             data = data[: length - self.sent]
@@ -178,10 +191,12 @@ class Response:
 
     # -- what the worker calls -------------------------------------------------------------------------------------
 
-    def run(self, application: Callable[..., Any], environ: dict[str, Any]) -> None:
+    def run(self, application: Callable[..., Any]) -> None:
         """Call the application, and send what it gives. Its exceptions are raised, after its `close()`."""
-        result = application(environ, self.start)
+        result = application(self.environ, self.start)
         kind = type(result)
+        if kind is list and self._plain and len(result) == 1 and self._send_plain(result[0]):
+            return
         if (kind is list or kind is tuple) and not self.begun:
             self._send_whole(result)
             return
@@ -202,10 +217,10 @@ class Response:
 
     def fail(self, status: int) -> None:
         """Answer with an error of the server's own, and no more on this connection."""
-        self.begun, self.keep, self._length = True, False, -1
+        self.begun, self.kept, self._length = True, False, -1
         self.status = f"{status} {FAULTS[status]}"
         head, body = refusal(status, self._host.clock)
-        if self._request.method != "HEAD":
+        if self.method != "HEAD":
             head += body
             self.sent = len(body)
         self._send(head)
@@ -215,23 +230,39 @@ class Response:
     def _head_only(self) -> bool:
         if not self.status:
             raise AssertionError("the application did not call start_response()")
-        return self._bare or self._request.method == "HEAD"
+        return self._bare or self.method == "HEAD"
+
+    def _send_plain(self, data: bytes) -> bool:
+        """What nearly every answer is: one part, which is not large, under a head without anything special."""
+        if self.begun or type(data) is not bytes or (size := len(data)) > _JOIN:
+            return False
+        lines = self._lines
+        if self._length < 0:
+            lines.append(b"Content-Length: %d\r\n" % size)
+        elif self._length != size:
+            return False
+        clock = self._host.clock
+        if time() >= clock.until:
+            clock.look()
+        kept = self._may_keep()
+        lines.append(clock.kept if kept else clock.closed)
+        lines.append(data)
+        self.begun, self.kept, self.sent = True, kept, size
+        # With nothing to close nothing delays the end of the stream, which may then share its segment.
+        self._push(b"".join(lines), DONTWAIT if kept else MORE)
+        return True
+
+    def _may_keep(self) -> bool:
+        connection = self._connection
+        return self.keep and self.complete and connection.served < connection.site.keep and not self._host.draining
 
     def _send_whole(self, parts: list[bytes] | tuple[bytes, ...]) -> None:
         """All of it is there: its length is known, and where it is small it is one send with the head."""
-        if len(parts) == 1:
-            data = parts[0]
-            if type(data) is not bytes:
-                raise TypeError(f"an application must give bytes, not {type(data).__name__}")
-            size = len(data)
-        else:
-            size = sum(map(len, parts))
-            if not all(type(part) is bytes for part in parts):
-                raise TypeError("an application must give bytes")
-            data = b"".join(parts) if size <= _JOIN else b""
-        # As in `_head_only()`, which is asked where this is true: without a status it is.
-        if self._bare or self._request.method == "HEAD" or 0 <= self._length != size or (size and not data):
-            if self.status and self._length < 0 and not self._bare and size:
+        for part in parts:
+            _check(part)
+        size = sum(map(len, parts))
+        if self._head_only() or 0 <= self._length != size or size > _JOIN:
+            if self._length < 0 and not self._bare and size:
                 self._length = size
                 self._lines.append(b"Content-Length: %d\r\n" % size)
             for data in parts:
@@ -240,43 +271,34 @@ class Response:
             return
         self.sent = size
         head = self._begin(size)
-        # With nothing to close nothing delays the end of the stream, which may then share its segment.
-        if size <= _JOIN:
-            self._push(head + data, DONTWAIT if self.keep else MORE)
-        else:
-            self._send(head, data, more=not self.keep)
+        self._push(head + b"".join(parts), DONTWAIT if self.kept else MORE)
 
     def _begin(self, size: int) -> bytes:
         """The head, complete. `size` is that of the whole body where it is known, else -1."""
-        request, lines, host = self._request, self._lines, self._host
-        keep = request.keep and request.complete and host.may_keep(self._connection)
-        clock = host.clock
-        if time() >= clock.until:
-            clock.look()
+        lines, clock, http11 = self._lines, self._host.clock, self.http11
+        kept = self._may_keep()
+        clock.look()
         if self._length < 0 and not self._bare:
             if size >= 0:
                 self._length = size
                 lines.append(b"Content-Length: %d\r\n" % size)
-            elif request.method == "HEAD":
+            elif self.method == "HEAD":
                 pass
-            elif request.http11:
+            elif http11:
                 self._chunked = True
                 lines.append(b"Transfer-Encoding: chunked\r\n")
             else:
-                keep = False
-        if self._dated or self._served or (keep and not request.http11):
-            if not self._served:
-                lines.append(clock.server)
-            if not self._dated:
-                lines.append(clock.date)
-            if not keep:
-                lines.append(b"Connection: close\r\n")
-            elif not request.http11:
-                lines.append(b"Connection: keep-alive\r\n")
-            lines.append(b"\r\n")
-        else:
-            lines.append(clock.kept if keep else clock.closed)
-        self.begun, self.keep = True, keep
+                kept = False
+        if self._own & _SERVER == 0:
+            lines.append(clock.server)
+        if self._own & _DATE == 0:
+            lines.append(clock.date)
+        if not kept:
+            lines.append(b"Connection: close\r\n")
+        elif not http11:
+            lines.append(b"Connection: keep-alive\r\n")
+        lines.append(b"\r\n")
+        self.begun, self.kept = True, kept
         return b"".join(lines)
 
     def _end(self) -> None:
@@ -286,7 +308,7 @@ class Response:
         elif self._chunked:
             self._send(b"0\r\n\r\n")
         if self.sent < self._length and not head_only:
-            self.keep = False
+            self.kept = False
             log.error("the application gave %d bytes of a body of %d; its client is let go", self.sent, self._length)
         elif self.excess:
             log.error("the application gave more than its Content-Length of %d bytes; that is left out", self._length)
@@ -360,6 +382,11 @@ class Response:
             raise Gone("the client took nothing for too long")
 
 
+def _check(part: bytes) -> None:
+    if type(part) is not bytes:
+        raise TypeError(f"an application must give bytes, not {type(part).__name__}")
+
+
 def _status_line(status: str) -> tuple[bytes, bool]:
     """It, and whether such an answer has no body."""
     if not isinstance(status, str) or not _STATUS.fullmatch(status):
@@ -370,8 +397,8 @@ def _status_line(status: str) -> tuple[bytes, bool]:
     return known
 
 
-def _header_line(name: str, value: str) -> tuple[int, bytes]:
-    """It, and what kind of header it is."""
+def _header_line(name: str, value: str) -> tuple[int, bytes, int]:
+    """What kind of header it is, its line, and the number that a Content-Length is."""
     kind = _names.get(name)
     if kind is None:
         kind = _learn_name(name)
@@ -380,7 +407,7 @@ def _header_line(name: str, value: str) -> tuple[int, bytes]:
         raise ValueError(f"{name}: a response header contains a control character")
     if kind == _LENGTH and not (value.isascii() and value.isdigit()):
         raise ValueError(f"Content-Length: {value!r} is no length")
-    known = kind, line.encode("latin-1")
+    known = kind, line.encode("latin-1"), int(value) if kind == _LENGTH else -1
     if type(name) is type(value) is str and len(line) < _SHORT:
         _room(_headers)[name, value] = known
     return known

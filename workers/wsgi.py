@@ -86,66 +86,56 @@ class WSGIWorker(PollingWorker):
             "SCRIPT_NAME": "",
             "REMOTE_ADDR": "",
         }
-        site = Site(server.RequestHandlerClass, base, self, self.options.max_body)
+        keep = self.MAX_KEPT if self.options.keepalive_timeout else 0
+        make = Response.maker(self)
+        site = Site(server.RequestHandlerClass, base, self, self.options.max_body, keep, make)
         site.verify = chain.verifier(server)
         return site
 
     def serve(self, connection: Connection) -> None:
         """Answer every request that is there. Then the connection waits, or is closed."""
-        requests = connection.requests
+        requests: list[Any] = connection.requests
         while True:
-            request = requests[0]
+            request: Response = requests.pop(0)
             connection.served += 1
-            response = Response(connection, request, self)
+            plain = request.complete and not request.body
+            request.environ["wsgi.input"] = BytesIO() if plain else self._input(connection, request)
+            end = 0.0
             try:
-                self._answer(connection, request, response)
-            except BaseException:
-                if not self._disowned:
-                    self._let_go(connection, request)
-                raise
+                if self._requests.lent is not None:
+                    end = self._run_alone(connection, request)
+                if not end:
+                    with self.serving(connection.peer):
+                        self.begun(connection)
+                        request.run(connection.site.application)
+            except BaseException as error:
+                self._failed(connection, request, error)
+            if self._access:
+                self._access.write(connection, request)
             if self._disowned:
                 raise SystemExit  # a process that the application has forked shares with the worker what this waits for
-            if not response.keep:
+            if not request.kept:
                 self._let_go(connection, request)
                 return
-            del requests[0]
             if not requests or not (requests[0].complete or requests[0].early):
                 break
         if connection.fault:
             self.turn_away(connection, connection.fault)
-        else:
-            self.park(connection, BODY if requests else HEAD if connection.midway else IDLE)
+        elif requests or connection.environ is not None or not end or not connection.parked:
+            self.park(connection, BODY if requests else HEAD if connection.environ is not None else IDLE)
+        else:  # as park() does, without asking for the time
+            connection.phase, connection.deadline = IDLE, end + self._idle
 
-    def _answer(self, connection: Connection, request: Request, response: Response) -> None:
-        if not request.complete:
-            body: Any = BufferedReader(Body(connection, request, response.continue_), READ)
-        elif request.body:
-            body = BytesIO(b"".join(request.body))
-        else:
-            body = BytesIO()
-        request.environ["wsgi.input"] = body
-        try:
-            if self._requests.lent is None or not self._run_alone(connection, request, response):
-                with self.serving(connection.peer):
-                    self.begun(connection)
-                    response.run(connection.site.application, request.environ)
-        except Gone:
-            connection.broken = True
-            response.keep = False
-        except Exception as error:
-            self._fail(connection, request, response, error)
-        except BaseException:
-            if not self._disowned:  # else it is the end of a process that the application has forked
-                self._tell(response, 500)
-            raise
-        finally:
-            if self._access:
-                self._access.write(connection, request, response)
+    def _input(self, connection: Connection, request: Response) -> Any:
+        """`wsgi.input` of a request with a body."""
+        if request.complete:
+            return BytesIO(b"".join(request.body))
+        return BufferedReader(Body(connection, request, request.continue_), READ)
 
-    def _run_alone(self, connection: Connection, request: Request, response: Response) -> bool:
+    def _run_alone(self, connection: Connection, request: Response) -> float:
         """What `serving()` does, for a thread that has one request at a time and is the only one (as in `sync`).
 
-        A ValueError is the end of that; False: it had come before the request was begun.
+        A ValueError is the end of that. When the request ended, or 0.0: it had come before the request was begun.
         """
         floats, timeout = self._floats, self._timeout
         start = monotonic()
@@ -154,14 +144,14 @@ class WSGIWorker(PollingWorker):
             if timeout:
                 floats[DEADLINE] = start + timeout
         except ValueError:
-            return False
+            return 0.0
         try:
             board = self._board
             if connection.host == board.host:
                 board.ints[PEER_PORT] = connection.port
             else:
                 board.set_peer(connection.peer)
-            response.run(connection.site.application, request.environ)
+            request.run(connection.site.application)
         finally:
             try:
                 if timeout:
@@ -173,14 +163,26 @@ class WSGIWorker(PollingWorker):
                 floats[BUSY_TIME] = spent
                 floats[BUSY_SINCE] = 0.0
             except ValueError:
+                end = monotonic()
                 self._requests.lone.end()
             else:
                 if count >= self._limit:
                     self._look(count, end)
-        return True
+        return end
 
-    def _fail(self, connection: Connection, request: Request, response: Response, error: Exception) -> None:
-        """The application raised. The client is told so if nothing was sent, and else by the connection's end."""
+    def _failed(self, connection: Connection, request: Response, error: BaseException) -> None:
+        """It came to no answer. The client is told so if nothing was sent, and else by the connection's end."""
+        request.kept = False
+        if isinstance(error, Gone):
+            connection.broken = True
+            return
+        if not isinstance(error, Exception):
+            if not self._disowned:  # else it is the end of a process that the application has forked
+                self._tell(request, 500)
+                if self._access:
+                    self._access.write(connection, request)
+                self._let_go(connection, request)
+            raise error
         if connection.fault and not request.complete:
             status = connection.fault  # it could not have its body
         else:
@@ -189,17 +191,13 @@ class WSGIWorker(PollingWorker):
             log.error("worker %d: the application raised at %s", self.slot, what, exc_info=error)
         if self._disowned:
             raise SystemExit(1)  # a process that the application has forked: the client is its parent's
-        connection.broken = response.begun
-        self._tell(response, status)
+        connection.broken = request.begun
+        self._tell(request, status)
 
-    def _tell(self, response: Response, status: int) -> None:
-        response.keep = False
-        if not response.begun:
+    def _tell(self, request: Response, status: int) -> None:
+        if not request.begun:
             with contextlib.suppress(Gone):
-                response.fail(status)
-
-    def may_keep(self, connection: Connection) -> bool:
-        return self._idle > 0.0 and not self.draining and connection.served < self.MAX_KEPT
+                request.fail(status)
 
     def _let_go(self, connection: Connection, request: Request) -> None:
         """After the last answer."""
@@ -208,7 +206,7 @@ class WSGIWorker(PollingWorker):
             with contextlib.suppress(OSError):
                 connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close(connection)
-        elif not request.keep and request.complete and len(connection.requests) == 1 and not connection.fault:
+        elif not request.keep and request.complete and not connection.requests and not connection.fault:
             self.close(connection)  # as the client wanted it, who has nothing more to say
         else:
             self.linger(connection)

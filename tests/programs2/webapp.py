@@ -129,7 +129,11 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             start_response(status, headers)
             start_response(status, headers)
         case "never":
-            return [b"no status"]
+            return Closing(b"no status") if argument else [b"no status"]
+        case "shut":
+            with environ["wsgi.input"] as given:
+                body = given.read()
+            headers = [["Content-Type", "text/plain"]]  # type: ignore[list-item]  # lists, where tuples are asked for
         case "raise":
             raise ValueError("ordered trouble")
         case "halfway":
