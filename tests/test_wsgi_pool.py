@@ -1,6 +1,7 @@
 """The worker class `wsgi` in its pool: who holds a worker and who does not, threads, changes under load, frameworks."""
 
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -48,6 +49,29 @@ def test_waiting_clients_hold_nobody(start: Start, threads: int) -> None:
         assert slow.send(b"TP/1.1\r\nHost: test\r\n\r\n").answer().status == 200
         assert mute.get().status == 200
     program.finish()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_requests_are_served_in_turn(start: Start, threads: int) -> None:
+    """Of clients that ask again at once for what takes long, and outnumber the threads, each is served as often."""
+    program = serve(start, "--threads", threads)
+    ask = b"GET /sleep/0.01 HTTP/1.1\r\nHost: test\r\n\r\n"
+    with ExitStack() as stack, select.epoll() as epoll:
+        clients = {}
+        for _ in range(4):
+            client = stack.enter_context(Web(program.address)).send(ask)
+            clients[client.sock.fileno()] = client
+            epoll.register(client.sock, select.EPOLLIN)
+        served = dict.fromkeys(clients, 0)
+        while sum(served.values()) < 120:
+            ready = epoll.poll(10)
+            assert ready, "nobody is answered"
+            for fd, _ in ready:
+                assert clients[fd].answer().body == b"slept"
+                clients[fd].send(ask)
+                served[fd] += 1
+    assert min(served.values()) >= 26, served  # 20 where all are fetched at once
+    assert program.stop().code == 0
 
 
 def test_threads(start: Start, notes: Notes) -> None:

@@ -27,6 +27,7 @@ from prefork.workers.share import ASIDE, THEIRS, Share
 from prefork.workers.turns import NEVER, Turns
 
 _BATCH = 64  # events looked at between two looks at the clock
+_BRIEF = 0.0005  # seconds for each event of a turn, its wait included, up to which the next one may have a whole batch
 _LEAVING_TICK = 0.02
 _TURN = 8  # connections that a worker may take, serve and close before it looks at anything else
 
@@ -66,7 +67,8 @@ class PollingWorker(Limits, Worker):
         self._tick = min(self.TICK, max(0.02, self._idle / 4)) if self._idle else self.TICK
         # How long a connection may be in a phase.
         self._patience = {IDLE: self._idle, HEAD: self.HEAD_TIMEOUT, BODY: self.BODY_TIMEOUT, LINGER: self.LINGER}
-        self._tick_at = 0.0
+        self._tick_at = self._turned_at = 0.0
+        self._batch = 1
         self._taken = 0
         self._crowded = False  # whether more than one was found waiting the last time
         self._resume_at = NEVER  # when to accept again
@@ -111,8 +113,12 @@ class PollingWorker(Limits, Worker):
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Wait for whatever comes, and serve it, or hand it over."""
-        connections, room = self._connections, _BATCH
+        """Wait for whatever comes, and serve it, or hand it over.
+
+        A batch saves system calls, but whose next request comes just after one was fetched waits for that batch, and
+        then behind all others in the next. Where requests are long each is fetched alone: the kernel keeps their order.
+        """
+        connections, room = self._connections, self._batch
         if self._resume_at == NEVER:
             wait = self._tick if connections else -1.0
         else:
@@ -121,8 +127,10 @@ class PollingWorker(Limits, Worker):
             room = self._turns.room
             if wait < 0.0 and self._turns.busy:
                 wait = self._tick
+        events: list[tuple[int, int]] = []
         if room:
-            for fd, _ in self._epoll.poll(wait, room):
+            events = self._epoll.poll(wait, room)
+            for fd, _ in events:
                 connection = connections.get(fd)
                 if connection is not None:
                     if connection.deadline < NEVER:
@@ -135,8 +143,12 @@ class PollingWorker(Limits, Worker):
                     os.read(fd, 64)
         else:
             self._turns.wait(wait)
-        if wait > 0.0 and (self._aside >= 0 or monotonic() >= self._tick_at):
-            self.look()
+        if wait > 0.0:
+            now = monotonic()
+            self._batch = _BATCH if now - self._turned_at < len(events) * _BRIEF else 1
+            self._turned_at = now
+            if now >= self._tick_at or self._aside >= 0:
+                self.look()
 
     @property
     def pause(self) -> float:
