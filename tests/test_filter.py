@@ -30,6 +30,7 @@ from support import (
     until,
 )
 from support.clients import reset
+from support.processes import blocked_in
 
 Run = Callable[..., Load]
 
@@ -477,6 +478,8 @@ def test_each_worker_has_its_turn(start: Start) -> None:
     """Slow clients, and fast ones beside them, are spread evenly over the workers."""
     program = pool(start, "workers = 4")
     workers = program.wait_ready(4)
+    # A worker is ready before its threads are, and 40 clients come within 25 ms.
+    until(lambda: all(map(polls, workers)), what="a thread of each worker waits for clients")
     with ExitStack() as stack:
         slow: list[socket.socket] = []
 
@@ -494,6 +497,10 @@ def test_each_worker_has_its_turn(start: Start) -> None:
             sock.sendall(b"\n")
         assert all(rest(sock).endswith(b":slow:done\n") for sock in slow)
     program.finish()
+
+
+def polls(worker: int) -> bool:
+    return any("epoll" in blocked_in(int(thread)) for thread in os.listdir(f"/proc/{worker}/task"))
 
 
 def jain(counts: list[int]) -> float:
