@@ -721,10 +721,14 @@ def test_fault_halfway(start: Start, web: Dial, notes: Notes) -> None:
 
 
 def test_exit_in_an_application(start: Start, web: Dial) -> None:
-    """A SystemExit ends its worker, after a 500, and the worker is replaced."""
+    """A SystemExit ends its worker, after a 500, or a reset where an answer has begun, and the worker is replaced."""
     program = serve(start)
     (worker,) = program.wait_ready(1)
     assert web(program).get("/leave").status == 500
+    (worker,) = program.wait_ready(1, without=[worker])
+    client = web(program).send(b"GET /leave/halfway HTTP/1.0\r\n\r\n")
+    with pytest.raises(ConnectionResetError):
+        client.rest()
     program.wait_ready(1, without=[worker])
     program.finish()
 

@@ -178,6 +178,7 @@ class WSGIWorker(PollingWorker):
             return
         if not isinstance(error, Exception):
             if not self._disowned:  # else it is the end of a process that the application has forked
+                connection.broken = request.begun
                 self._tell(request, 500)
                 if self._access:
                     self._access.write(connection, request)

@@ -194,6 +194,8 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             os.waitpid(int(argument), 0)
             body = b"reaped"
         case "leave":
+            if argument:
+                start_response(status, headers)(b"half")
             sys.exit(3)
         case _:
             status, body = "404 Not Found", b"no such word"
