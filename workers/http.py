@@ -84,9 +84,9 @@ class Site:
     keep
         How many requests a connection may have; none is kept with 0.
     make
-        What the parser makes of a head: a `Request`, or what else that is to its owner. It gets the connection, the
-        environment, the method, the target, whether the client wants the connection kept, and whether it speaks 1.1.
-        It is complete, without a body, unless its parser goes on to change that.
+        Called for every head with the connection, the environment, the method, the target, whether the client wants the
+        connection kept, and whether it speaks HTTP/1.1: returns a `Request` that is complete and has no body. Where the
+        head tells of one the parser changes that.
     """
 
     __slots__ = ("application", "base", "keep", "keys", "limits", "line", "make", "max_body", "verify")
@@ -178,7 +178,7 @@ class Connection:
 
     def feed(self, data: bytes) -> None:
         """Parse what has come. It raises nothing: see `requests` and `fault`."""
-        body = self._incomplete is not None
+        in_body = self._incomplete is not None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as switch:
@@ -188,7 +188,7 @@ class Connection:
                 self.fault = self.fault or 400
         except httptools.HttpParserError:
             self.fault = self.fault or 400
-        if not (self.requests or body or self._incomplete is not None or self.fault):
+        if not (in_body or self.requests or self._incomplete is not None or self.fault):
             self._head += len(data)
             if self._head > self.site.limits.MAX_HEAD:
                 self.fault = 431

@@ -164,7 +164,7 @@ class Response(Request):
 
     def write(self, data: bytes) -> None:
         """What `start_response` returns. Empty data sends nothing, also no head."""
-        _check(data)
+        _check_bytes(data)
         if not data:
             return
         if self._head_only():
@@ -259,7 +259,7 @@ class Response(Request):
     def _send_whole(self, parts: list[bytes] | tuple[bytes, ...]) -> None:
         """All of it is there: its length is known, and where it is small it is one send with the head."""
         for part in parts:
-            _check(part)
+            _check_bytes(part)
         size = sum(map(len, parts))
         if self._head_only() or 0 <= self._length != size or size > _JOIN:
             if self._length < 0 and not self._bare and size:
@@ -382,7 +382,7 @@ class Response(Request):
             raise Gone("the client took nothing for too long")
 
 
-def _check(part: bytes) -> None:
+def _check_bytes(part: bytes) -> None:
     if type(part) is not bytes:
         raise TypeError(f"an application must give bytes, not {type(part).__name__}")
 
