@@ -248,7 +248,6 @@ class Connection:
 
     def _repeat(self, environ: dict[str, Any], key: str, value: bytes) -> None:
         self._repeated += 1
-        self._tells = True
         if key == "HTTP_HOST" or key == "CONTENT_TYPE":
             self._refuse(400)
         if self._repeated > self.site.limits.MAX_FIELDS:
@@ -292,7 +291,7 @@ class Connection:
             self._heed(request, environ)
         if len(environ) > site.keys:
             self._refuse(431)
-        self._head = 0
+        self._head = self._repeated = 0
         self.requests.append(request)
 
     def on_body(self, data: bytes) -> None:
@@ -323,7 +322,6 @@ class Connection:
 
     def _heed(self, request: Request, environ: dict[str, Any]) -> None:
         """What a head says of the connection and of what follows it."""
-        self._repeated = 0
         request.complete = request.early = request.expects = False
         request.size = 0
         self._incomplete = request

@@ -100,11 +100,8 @@ class WSGIWorker(PollingWorker):
             connection.served += 1
             plain = request.complete and not request.body
             request.environ["wsgi.input"] = BytesIO() if plain else self._input(connection, request)
-            end = 0.0
             try:
-                if self._requests.lent is not None:
-                    end = self._run_alone(connection, request)
-                if not end:
+                if self._requests.lent is None or not self._run_alone(connection, request):
                     with self.serving(connection.peer):
                         self.begun(connection)
                         request.run(connection.site.application)
@@ -121,10 +118,8 @@ class WSGIWorker(PollingWorker):
                 break
         if connection.fault:
             self.turn_away(connection, connection.fault)
-        elif requests or connection.environ is not None or not end or not connection.parked:
+        else:
             self.park(connection, BODY if requests else HEAD if connection.environ is not None else IDLE)
-        else:  # as park() does, without asking for the time
-            connection.phase, connection.deadline = IDLE, end + self._idle
 
     def _input(self, connection: Connection, request: Response) -> Any:
         """`wsgi.input` of a request with a body."""
@@ -132,10 +127,10 @@ class WSGIWorker(PollingWorker):
             return BytesIO(b"".join(request.body))
         return BufferedReader(Body(connection, request, request.continue_), READ)
 
-    def _run_alone(self, connection: Connection, request: Response) -> float:
+    def _run_alone(self, connection: Connection, request: Response) -> bool:
         """What `serving()` does, for a thread that has one request at a time and is the only one (as in `sync`).
 
-        A ValueError is the end of that. When the request ended, or 0.0: it had come before the request was begun.
+        A ValueError is the end of that; False: it had come before the request was begun.
         """
         floats, timeout = self._floats, self._timeout
         start = monotonic()
@@ -144,7 +139,7 @@ class WSGIWorker(PollingWorker):
             if timeout:
                 floats[DEADLINE] = start + timeout
         except ValueError:
-            return 0.0
+            return False
         try:
             board = self._board
             if connection.host == board.host:
@@ -163,12 +158,11 @@ class WSGIWorker(PollingWorker):
                 floats[BUSY_TIME] = spent
                 floats[BUSY_SINCE] = 0.0
             except ValueError:
-                end = monotonic()
                 self._requests.lone.end()
             else:
                 if count >= self._limit:
                     self._look(count, end)
-        return end
+        return True
 
     def _failed(self, connection: Connection, request: Response, error: BaseException) -> None:
         """It came to no answer. The client is told so if nothing was sent, and else by the connection's end."""
