@@ -96,39 +96,67 @@ class Child:
         self.ended = True
 
     def send(self, signum: int) -> None:
-        """Send a signal, if the process is still there. The pid cannot be somebody else's: only we reap it."""
+        """Send a signal, if the process is still there. The pid cannot be somebody else's: only we reap it.
+
+        Where the system refuses the call by pidfd (a container's filter, an old kernel), the pid is used.
+
+        Raises
+        ------
+        OSError
+            EPERM: the process has another user now, and this one may not signal it.
+        """
         if self._reaped:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.pidfd is not None:
+        if self.pidfd is not None:
+            try:
                 signal.pidfd_send_signal(self.pidfd, signum)
+            except ProcessLookupError:
+                return
+            except OSError:
+                pass
             else:
-                os.kill(self.pid, signum)
+                return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
 
     def reap(self) -> tuple[int | None, int | None] | None:
         """Collect the exit if there is one: (status, peak resident bytes), or None while the process lives.
 
-        The status is None where somebody else in this process collected it first.
+        The status is None where somebody else in this process collected it first, the memory where the system did not
+        tell it.
         """
         try:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            collected = self._collect(os.WNOHANG)
         except ChildProcessError:
             if self.pidfd is not None and not readable(self.pidfd):
                 return None
             self._reaped = True
             return None, None
-        if pid == 0:
-            return None
-        self._reaped = True
-        scale = 1 if sys.platform == "darwin" else 1024
-        return os.waitstatus_to_exitcode(status), usage.ru_maxrss * scale
+        self._reaped = collected is not None
+        return collected
 
     def await_exit(self) -> None:
         """Wait for the end of a process that was sent SIGKILL."""
-        if not self._reaped:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
-            self._reaped = True
+        with contextlib.suppress(ChildProcessError):
+            while not self._reaped:
+                self._reaped = self._collect(0) is not None
+        self._reaped = True
+
+    def _collect(self, options: int) -> tuple[int, int | None] | None:
+        """Of wait4(2), or where it is refused of waitid(2). A child that asked to be traced by its parent also shows
+        its stops here; they are not its end."""
+        try:
+            pid, status, usage = os.wait4(self.pid, options)
+        except ChildProcessError:
+            raise
+        except OSError:
+            info = os.waitid(os.P_PID, self.pid, os.WEXITED | options)
+            if info is None or info.si_code not in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED):
+                return None
+            return (info.si_status if info.si_code == os.CLD_EXITED else -info.si_status), None
+        if pid == 0 or not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
+            return None
+        return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def release(self) -> None:
         """Give the descriptor back, once the exit is collected."""
@@ -198,8 +226,16 @@ def _fork(main: Callable[[Callable[[], None]], int], freeze: bool) -> int:
             gc.enable()
         if thaw:
             gc.unfreeze()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _set_mask(mask)
     return pid
+
+
+def _set_mask(mask: set[signal.Signals | int]) -> None:
+    """Without fail: a parent that went on with all signals blocked would be deaf, and the child's pid lost."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            return
 
 
 def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals | int]) -> None:
@@ -255,10 +291,20 @@ def drop_pipes(known: set[tuple[int, int]], keep: Iterable[int]) -> None:
     """
     strangers = {fd for fd, _ in pipes() - known}.difference(keep)
     if strangers:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        null = nowhere()
         for fd in strangers:
             os.dup2(null, fd, inheritable=False)
         os.close(null)
+
+
+def nowhere() -> int:
+    """A descriptor to put in the place of another: of /dev/null or, where that is missing, of a pipe at its end."""
+    try:
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        reader, writer = os.pipe()
+        os.close(writer)
+        return reader
 
 
 def refused(error: OSError) -> bool:
