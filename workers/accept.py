@@ -73,15 +73,17 @@ class Acceptor:
         self.fds: list[int] = [_listener(server).fileno() for server in servers]
         self.takes: list[Take] = [taker(server, board) for server in servers]
         self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))
+        self._unix = {fd for fd, server in zip(self.fds, servers, strict=True) if _is_local(server)}
         self._said = 0.0
         self._first = -1  # of `in_turn()`
-        self._null = -1
+        self._null = -1  # what takes the place of the only listener: made now, for a full table has no room for it
+        self._left = False  # it has taken that place
         self._closed = False  # by the program: its number may be somebody else's now
         self._wait: Callable[[], list[int]] | None = None
         self._ready: list[int] = []
         self._looks: list[list[int]] | None = None
         if len(servers) == 1:
-            self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            self._null = processes.nowhere()
         else:
             self._wait, self._wake = self._waiter()
 
@@ -91,6 +93,7 @@ class Acceptor:
             self._wake()
         elif not (self._worker.pool_drains or self._closed):
             os.dup2(self._null, self.fds[0], inheritable=False)
+            self._left = True
 
     def take(self) -> Taken | None:
         """The next connection or datagram: (server, request, peer). None when this worker is to take no more."""
@@ -113,11 +116,13 @@ class Acceptor:
         if worker.draining or worker.pool_drains:
             # A listener with a timeout does not say EAGAIN. A handshake that took too long is no end of the queue.
             silent = isinstance(error, TimeoutError) and not processes.readable(self.fds[0])
-            if silent or error.errno in _OVER:
+            # The kernel looks for a descriptor first, and then for a connection: there may be nobody to give it to.
+            vain = error.errno in FULL and (self._left or not processes.readable(self.fds[0]))
+            if silent or vain or error.errno in _OVER:
                 worker.draining = True
                 return True
         elif error.errno in _BROKEN:
-            self._closed = True
+            self._closed = error.errno in (errno.EBADF, errno.ENOTSOCK)
             raise error  # the program closed or shut down the listener under us; asking again would only spin
         if error.errno == errno.EAGAIN:
             # Somebody else made the shared listener non-blocking; wait as an accept would have. A poll asks by number:
@@ -272,8 +277,15 @@ class Acceptor:
         except OSError as error:
             # A Unix listener that was shut down because the whole pool stops says EINVAL, maybe before TERM has come.
             leaving = self._worker.draining or self._worker.pool_drains
-            if error.errno in FULL or (error.errno in _BROKEN and not leaving):
+            if error.errno in FULL:
+                if processes.readable(fd):
+                    raise
+                return None  # the kernel looks for a descriptor first; there is nobody to give it to
+            if error.errno in _BROKEN and not leaving:
                 raise
+            if fd in self._unix and not leaving and _is_shut(fd):
+                # It says EAGAIN, for ever, while an epoll reports it.
+                raise OSError(errno.EINVAL, "the listener was shut down") from None
             return None
         return server, request, peer
 
@@ -281,6 +293,18 @@ class Acceptor:
 def _listener(server: Any) -> socket.socket:
     found: socket.socket = server.socket
     return found
+
+
+def _is_local(server: Any) -> bool:
+    """Whether it takes Unix streams."""
+    listener = _listener(server)
+    return listener.family == socket.AF_UNIX and listener.type == socket.SOCK_STREAM
+
+
+def _is_shut(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def stock(server: Any) -> bool:

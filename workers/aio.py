@@ -62,17 +62,18 @@ class AsyncioWorker(LoopWorker):
     _turning = _cut_off = False
     _left_at = 0.0
 
-    def run(self) -> None:
-        loop = self.loop
+    def listen(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._tls = {id(server): bared(server) for server in self.servers}
         limit = self.options.max_connections
-        self._gate = Gate(loop, self.acceptor, self.share, self._take, lambda: len(self._tasks), limit)
+        self._gate = Gate(self.loop, self.acceptor, self.share, self._take, lambda: len(self._tasks), limit)
+
+    def run(self) -> None:
         self._turning = True
         if self.draining:  # told before there was a loop to wake
             self._told()
-        loop.run_until_complete(self._serve())
+        self.loop.run_until_complete(self._serve())
 
     def drain(self) -> None:
         self._left_at = monotonic()

@@ -82,11 +82,13 @@ class ASGIWorker(LoopWorker):
                 await site.lifespan.start()
                 self._sites[id(app)] = site
 
-    def run(self) -> None:
+    def listen(self) -> None:
         self._opening = 0  # accepted, and not among the connections yet
         self._handshakes: set[asyncio.Task[Any]] = set()  # of these, those that speak TLS
         self._doors = {id(one): (self._sites[id(one.RequestHandlerClass)].protocol, bared(one)) for one in self.servers}
         self._gate = Gate(self.loop, self.acceptor, self.share, self._take, self._held, self.options.max_connections)
+
+    def run(self) -> None:
         self._turning = True
         if self.draining:  # told before there was a loop to wake
             self._gate.end()

@@ -22,6 +22,7 @@ from typing import Any
 
 import prefork.lifeline as lifeline
 import prefork.policy as policy
+import prefork.processes as processes
 import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout
@@ -46,6 +47,8 @@ class Worker:
         How many threads serve requests, if it is not the main one alone; to be known after `setup()`.
     setup()
         After the fork, before ready: open what each process must own. An exception is a boot failure.
+    listen()
+        After `setup()`, before ready: make what is needed to accept. An exception is a boot failure.
     run()
         Serve until told to leave, and return when drained.
     drain()
@@ -118,6 +121,10 @@ class Worker:
     def setup(self) -> None:
         """Open what this process must own. Called before the worker is ready."""
 
+    def listen(self) -> None:
+        """Make what is needed to accept: only a worker that can accept is ready."""
+        _ = self.acceptor
+
     def run(self) -> None:
         """Serve until told to leave, return when nothing is in hand any more."""
         raise NotImplementedError
@@ -154,7 +161,7 @@ class Worker:
 
     @property
     def acceptor(self) -> Acceptor:
-        """The listeners, for a loop that waits for more than those. Begins to take: call it in `run()`."""
+        """The listeners, for a loop that waits for more than those. Made by `listen()`."""
         if self._acceptor is None:
             acceptor = Acceptor(self, self.servers, self._board)
             for server in self.servers:
@@ -324,7 +331,7 @@ class Worker:
         servers: Sequence[Any] = self.servers
         streams = [one.socket.fileno() for one in servers if one.socket_type == socket.SOCK_STREAM]
         with contextlib.suppress(OSError):
-            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            null = processes.nowhere()
             for fd in [self._uplink.fd, *streams]:
                 if fd >= 0:  # a listener that the program has closed
                     os.dup2(null, fd, inheritable=False)
@@ -343,6 +350,7 @@ class Worker:
         signal.signal(INTERRUPT, self._on_interrupt)
         os.register_at_fork(before=self._hold_signals, after_in_parent=self._free_signals, after_in_child=self._disown)
         self.setup()
+        self.listen()
         if self.draining:
             return 0
         self._ready = True

@@ -88,6 +88,10 @@ class PollingWorker(Limits, Worker):
             os.write(self._wake_write, b"\0")
         self._turns.wake()
 
+    def listen(self) -> None:
+        super().listen()
+        self._epoll = select.epoll()
+
     def run(self) -> None:
         acceptor = self.acceptor
         self._listeners = set(acceptor.fds)
@@ -95,7 +99,7 @@ class PollingWorker(Limits, Worker):
         for server, site in self._sites.items():
             if site.verify is None:
                 acceptor.take_bare(server)
-        with select.epoll() as self._epoll:
+        with self._epoll:
             self._epoll.register(self._wake_read, select.EPOLLIN)
             if self.draining:
                 self._resume_at = 0.0  # told before there was an acceptor, which then has put its listener away

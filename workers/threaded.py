@@ -62,20 +62,20 @@ class ThreadWorker(Worker):
         # What ends the wait of the main thread: None, there is nothing more to take; or an exception to leave with.
         self._ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def run(self) -> None:
-        acceptor = self.acceptor  # made here, by the main thread
+    def listen(self) -> None:
+        super().listen()
         if self._checks:
             self._filter = Filter(
                 self,
-                acceptor,
+                self.acceptor,
                 self._checks,
                 limit=self.options.max_connections,
                 patience=self.PATIENCE,
                 last_word=min(self.LAST_WORD, self.options.graceful_timeout / 2),
                 failed=self._ends.put,
             )
-            if self.draining:
-                self._filter.leave()
+
+    def run(self) -> None:
         with self._turn:
             self._start()
         trouble = None
