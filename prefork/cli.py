@@ -82,7 +82,8 @@ def _leave(signum: int, frame: types.FrameType | None) -> None:
 
 def _run(program: Program, options: Options) -> int:
     names = [listeners.describe(sock) for sock in program.sockets]
-    sockets = [listeners.Listener(sock) for sock in program.sockets]
+    claims = {claim.path: claim for claim in program.claims}
+    sockets = [listeners.Listener(sock, claim=claims.get(sock.getsockname())) for sock in program.sockets]
     for one, name in zip(sockets, names, strict=True):
         one.open(blocking=len(sockets) == 1)
         log.info("listening on %s", name)

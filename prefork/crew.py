@@ -1,6 +1,7 @@
 """One worker as the master holds it: process, pipes, slot; how it is made, and the report of its end."""
 
 import logging
+import os
 import random
 import threading
 import time
@@ -56,26 +57,29 @@ def launch(
         EMFILE, ENFILE, EAGAIN, ENOMEM: nothing was left open.
     """
     born = time.monotonic()
-    ends = lifeline.Ends.open()
-    board.clear(slot)
-    seat = Seat(
-        slot,
-        generation,
-        options,
-        board.slot(slot),
-        ends.lifeline_read,
-        ends.uplink_write,
-        f"prefork: worker {slot} {title} generation {generation}",
-        random.getrandbits(64),
-    )
+    token = os.urandom(lifeline.TOKEN)
     beside = pipes is not None and threading.active_count() > 1
-
-    def main(unblock: Callable[[], None]) -> int:
-        if beside and pipes is not None:
-            processes.drop_pipes(pipes, ends.of_worker())
-        return start(seat, unblock)
-
+    ends = lifeline.Ends.open()
     try:
+        board.clear(slot)
+        seat = Seat(
+            slot,
+            generation,
+            options,
+            board.slot(slot),
+            ends.lifeline_read,
+            ends.uplink_write,
+            token,
+            threading.current_thread() is threading.main_thread(),
+            f"prefork: worker {slot} {title} generation {generation}",
+            random.getrandbits(64),
+        )
+
+        def main(unblock: Callable[[], None]) -> int:
+            if beside and pipes is not None:
+                processes.drop_pipes(pipes, ends.of_worker())
+            return start(seat, unblock)
+
         pid = processes.fork(main)
     except BaseException:
         processes.close(ends.of_master())
@@ -83,7 +87,7 @@ def launch(
     finally:
         processes.close(ends.of_worker())
     child = processes.Child(pid, use_pidfd=use_pidfd)
-    return Hand(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read), born)
+    return Hand(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read, token), born)
 
 
 def report_of(hand: Hand, board: Scoreboard, reason: Reason, status: int | None, memory: int | None) -> WorkerExit:

@@ -3,11 +3,18 @@
 **Lifeline.** The master alone holds the write end. The worker arms the read end so that the kernel signals it when the
 last write end is closed, whatever the worker is doing then. On Linux that signal is SIGKILL itself (`F_SETSIG`,
 fcntl(2)), which also reaches a worker that spins in C, is stopped, or masks everything; elsewhere it is SIGIO and a
-handler that leaves. PR_SET_PDEATHSIG was rejected: it needs ctypes, fires when the forking *thread* ends, and is
-cleared by setuid.
+handler that leaves.
 
-**Uplink.** One byte a message, and free text for whatever else a dying worker has to say (the traceback of a boot, the
-stacks that faulthandler writes). It never blocks the worker: what does not fit is dropped.
+A program that closes every descriptor closes this one too. So there is a second guard which needs no descriptor:
+PR_SET_PDEATHSIG (prctl(2), Linux). It is no more than the second, because a change of the user id clears it, and
+because it fires when the forking *thread* ends: only a fork by the main thread arms it.
+
+**Uplink.** Messages, and free text for whatever else a dying worker has to say (the traceback of a boot, the stacks
+that faulthandler writes). It never blocks the worker: what does not fit is dropped.
+
+A message is a NUL, the worker's token, a byte that says which, and the length of its data, then the data. The token is
+random and known to this worker and the master alone, so nothing that a program writes to a wrong descriptor is taken
+for an order. The master reads it as hostile input all the same: bounded, and each kind at most once a read.
 """
 
 import contextlib
@@ -15,6 +22,8 @@ import fcntl
 import os
 import select
 import signal
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import prefork.processes as processes
@@ -25,9 +34,14 @@ WORN = b"\x03"  # it asks to be recycled
 STOP = b"\x04"  # the program called shutdown() in a worker
 STUCK = b"\x05"  # it leaves, for a request past its deadline cannot be interrupted
 EXITS = b"\x06"  # it leaves of its own accord
-_MESSAGES = READY + LEAVES + WORN + STOP + STUCK + EXITS
+_KINDS = READY + LEAVES + WORN + STOP + STUCK + EXITS
 
+TOKEN = 8  # bytes
+DATA_LIMIT = 255  # bytes of a message: with it a message is far below PIPE_BUF, and so is written whole or not at all
+_HEAD = 1 + TOKEN + 2
 TEXT_LIMIT = 65536
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +56,18 @@ class Ends:
     @classmethod
     def open(cls) -> "Ends":
         """Raises OSError (EMFILE, ENFILE), leaving nothing open."""
-        with processes.undivided():
-            lifeline = os.pipe()
-            processes.private([lifeline[1]])
-            try:
-                uplink = os.pipe()
-            except OSError:
-                processes.close(lifeline)
-                raise
-            processes.private([uplink[0]])
-        os.set_blocking(uplink[0], False)
-        os.set_blocking(uplink[1], False)
-        return cls(*lifeline, *uplink)
+        fds: list[int] = []
+        try:
+            with processes.undivided():
+                for private in (1, 0):
+                    fds += (pipe := os.pipe())
+                    processes.private([pipe[private]])
+            for fd in fds[2:]:
+                os.set_blocking(fd, False)
+        except BaseException:
+            processes.close(fds)
+            raise
+        return cls(*fds)
 
     def of_master(self) -> tuple[int, int]:
         return self.lifeline_write, self.uplink_read
@@ -62,8 +76,29 @@ class Ends:
         return self.lifeline_read, self.uplink_write
 
 
-def arm(lifeline_read: int) -> None:
-    """In the worker: die with the master, from now on. If it is dead already, die now."""
+def prepare() -> None:
+    """In the master, before its first fork: find the system call of the second guard."""
+    global _prctl
+    if sys.platform == "linux" and _prctl is None:
+        with contextlib.suppress(Exception):  # a Python that was built without ctypes
+            import ctypes
+
+            _prctl = ctypes.CDLL(None).prctl
+
+
+_prctl: Callable[[int, int], int] | None = None
+
+
+def arm(lifeline_read: int, *, main_thread: bool) -> None:
+    """In the worker: die with the master, from now on. If it is dead already, die now.
+
+    Parameters
+    ----------
+    main_thread
+        The main thread of the master has forked this process, so the end of the forking thread is that of the master.
+    """
+    if main_thread and _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(fcntl, "F_SETSIG"):
         fcntl.fcntl(lifeline_read, fcntl.F_SETSIG, signal.SIGKILL)
     else:  # no choice of the signal here; the handler is as near as it gets
@@ -81,47 +116,79 @@ def arm(lifeline_read: int) -> None:
 class Uplink:
     """The worker's end."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, token: bytes) -> None:
+        self.fd, self._token = fd, token
 
-    def say(self, message: bytes) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self.fd, message)
+    def say(self, kind: bytes, text: str = "") -> None:
+        """One message. What does not fit into the pipe, and what of the text is over 255 bytes, is dropped."""
+        data = text.encode("utf-8", "replace")[:DATA_LIMIT]
+        self._write(b"\0" + self._token + kind + bytes((len(data),)) + data)
 
     def tell(self, text: str) -> None:
         """Free text, for the report of this worker's death."""
-        data = text.encode("utf-8", "replace").translate(None, _MESSAGES)[-TEXT_LIMIT // 2 :]
-        self.say(data)
+        self._write(text.encode("utf-8", "replace").translate(None, b"\0")[-TEXT_LIMIT // 2 :])
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.fd, data)
 
 
 class Downlink:
     """The master's end: splits what arrives into messages and text."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, token: bytes) -> None:
+        self.fd, self._mark = fd, b"\0" + token
         self._text = bytearray()
+        self._rest = b""  # of a message whose end has not come yet
 
-    def read(self) -> tuple[list[bytes], bool]:
-        """Return the messages that arrived, and whether the other end is closed. Bounded, never blocks."""
-        messages: list[bytes] = []
+    def read(self) -> tuple[dict[bytes, str], bool]:
+        """The messages that arrived, each kind with its text, and whether the other end is closed. Never blocks.
+
+        Raises
+        ------
+        OSError
+            The system refused to read; nothing is lost by it.
+        """
+        messages: dict[bytes, str] = {}
         for _ in range(4):
             try:
                 data = os.read(self.fd, 16384)
             except BlockingIOError:
                 return messages, False
             except OSError:
-                return messages, True
+                if messages:
+                    return messages, False  # the failure comes again, if it lasts
+                raise
             if not data:
                 return messages, True
-            for value in data:
-                if value <= len(_MESSAGES):
-                    # A worker that floods its master says nothing new; one of each kind is enough.
-                    if (message := bytes((value,))) not in messages:
-                        messages.append(message)
-                elif len(self._text) < TEXT_LIMIT:
-                    self._text.append(value)
+            self.feed(data, messages)
         return messages, False
+
+    def feed(self, data: bytes, messages: dict[bytes, str]) -> None:
+        """Take in bytes, in pieces of any size. Of several messages of a kind the last one counts."""
+        data = self._rest + data
+        self._rest = b""
+        place = 0
+        while (start := data.find(b"\0", place)) >= 0:
+            self._keep(data[place:start])
+            head = data[start : start + _HEAD]
+            if not self._mark.startswith(head[: TOKEN + 1]) and not head.startswith(self._mark):
+                place = start + 1  # a NUL that is no message
+                continue
+            end = start + _HEAD + (head[-1] if len(head) == _HEAD else DATA_LIMIT)
+            if len(data) < end:
+                self._rest = data[start:]
+                return
+            if (kind := head[-2:-1]) in _KINDS:
+                messages[kind] = data[start + _HEAD : end].decode("utf-8", "replace")
+            place = end
+        self._keep(data[place:])
+
+    def _keep(self, text: bytes) -> None:
+        self._text += text[: TEXT_LIMIT - len(self._text)]
 
     @property
     def text(self) -> str:
-        return self._text.decode("utf-8", "replace").strip()
+        """What arrived beside the messages. Control characters, which would reach a terminal, are shown as `?`."""
+        text = self._text.decode("utf-8", "replace")
+        return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text).strip()

@@ -23,6 +23,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import stat
 import struct
@@ -49,9 +50,8 @@ _NO_NEW_CONNECTIONS = [
     _ACCEPT,
 ]
 _NOTHING = [_DROP]
-
-SETTLE = 0.005  # seconds in which a handshake that has begun on this machine completes
-HANDSHAKES = 0.25  # and how long to wait for those of distant clients, which the kernel shows as half-open
+_QUEUE_SIZE = slice(28, 32)  # tcpi_sacked, which of a listener is the size of its queue
+_SHUT = getattr(select, "POLLRDHUP", 0) | select.POLLHUP
 
 
 def describe(sock: socket.socket) -> str:
@@ -74,10 +74,18 @@ def name(family: int, kind: int, address: object) -> str:
 
 
 class Listener:
-    """What the master does with one listening socket of a server. It never accepts from it."""
+    """What the master does with one listening socket of a server. It never accepts from it.
 
-    def __init__(self, sock: socket.socket, *, held: bool = False) -> None:
-        self._servers = sock
+    Parameters
+    ----------
+    held
+        It has the filter of a former stop.
+    claim
+        The right to its path, where it is a Unix socket.
+    """
+
+    def __init__(self, sock: socket.socket, *, held: bool = False, claim: "Claim | None" = None) -> None:
+        self._servers, self._claim = sock, claim
         self._owner = os.getpid()
         # A descriptor of the master's own: the program may close its server while the pool still drains.
         with processes.undivided():
@@ -88,6 +96,7 @@ class Listener:
         self.unix = sock.family == socket.AF_UNIX
         self.spent = False  # shut down for good: to serve again it must be bound anew
         self.held = held  # it has our filter, perhaps since a former stop
+        self._backlog = _backlog(sock)
 
     def open(self, *, blocking: bool) -> None:
         """Make it as the workers need it, undoing what a former stop did."""
@@ -155,6 +164,51 @@ class Listener:
     def waiting(self) -> bool:
         """Whether somebody is in the queue."""
         return processes.readable(self.socket.fileno())
+
+    def is_shut(self) -> bool:
+        """Whether somebody has called shutdown() on the socket, which all processes of the pool share."""
+        poll = select.poll()
+        poll.register(self.socket.fileno(), _SHUT)
+        return any(events & _SHUT for _, events in poll.poll(0))
+
+    def revive(self) -> None:
+        """Listen again after a shutdown() of somebody else's, for the workers that are forked from now on.
+
+        TCP listens again on the same socket. A Unix socket is bound anew on its path and put in the place of the old.
+
+        Raises
+        ------
+        OSError
+            The system refuses it, as it does for UDP.
+        """
+        if not self.unix:
+            with contextlib.suppress(OSError):  # EINVAL: it still has its port, as one has that was chosen by number
+                self.socket.bind(self._servers.getsockname())
+            self.socket.listen(self._backlog)
+            return
+        path = self.socket.getsockname()
+        former = os.stat(path)
+        with socket.socket(self.socket.family, self.socket.type) as fresh:
+            with permissions(stat.S_IMODE(former.st_mode)):
+                os.unlink(path)
+                fresh.bind(path)
+            if self.stream:
+                fresh.listen(self._backlog)
+            if self._claim is not None:
+                self._claim.bound()
+            os.chown(path, former.st_uid, former.st_gid)
+            fresh.setblocking(os.get_blocking(self.socket.fileno()))
+            for each in (self.socket, self._servers):
+                os.dup2(fresh.fileno(), each.fileno(), inheritable=False)
+
+
+def _backlog(sock: socket.socket) -> int:
+    """How many connections the listener's queue holds; 1024 where the system does not tell."""
+    if sys.platform == "linux" and sock.family != socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE_SIZE.stop)
+            return int.from_bytes(info[_QUEUE_SIZE], sys.byteorder)
+    return 1024
 
 
 def _attach(sock: socket.socket, program: list[tuple[int, int, int, int]]) -> None:

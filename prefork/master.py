@@ -1,9 +1,11 @@
 """The master: the one loop that joins the kernel (floor 1) with what decides (`pool`, `policy`).
 
 Events change what is wanted; orders bring reality toward it; the loop sleeps until the next deadline. Stopping is a
-wanted size of zero in the same loop: there is no second loop, no nested wait, no sleep. Errors of the system are
-back-off, never an exit; a hook that raises is logged. The master knows a worker only by its pid, its slot, and its two
-pipes.
+wanted size of zero in the same loop: there is no second loop, no nested wait. Errors of the system are back-off, never
+an exit. The master knows a worker only by its pid, its slot, and its two pipes.
+
+Each step of a turn, each event and each order is guarded by itself: what fails in one keeps no other from being done,
+however often it fails. It is logged, and the loop goes on slowly. The guard itself uses nothing that can fail.
 """
 
 import collections
@@ -21,13 +23,15 @@ import prefork.policy as policy
 import prefork.pool as pool
 import prefork.processes as processes
 import prefork.signals as signals
+import prefork.stop_sequence as stop_sequence
 from prefork.crew import Hand, Start, launch, log_exit, report_of
 from prefork.errors import BootError
-from prefork.listeners import HANDSHAKES, SETTLE, Listener
+from prefork.listeners import Listener, describe
 from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Scoreboard
 from prefork.states import Phase, State, Stop
+from prefork.stop_sequence import Stage
 from prefork.workers.child import INTERRUPT, prepare, reopen_logs
 
 log = logging.getLogger("prefork")
@@ -44,6 +48,8 @@ SIGNALS = (
 SWEEP = 0.005  # how soon to look again for an exit whose pipe is closed already
 LONGEST = 86400.0  # epoll takes no more than 24 days
 TICK = 0.5  # how often to look for exits where the kernel has no pidfd
+FAULT_PAUSE = 0.1  # seconds between two turns while something in them fails
+FAULT_SAID = 1.0  # and between two reports of the same failure
 
 
 class Hooks(Protocol):
@@ -112,11 +118,8 @@ class Master:
         self._attention = policy.Attention()
         self._deadlines = policy.Deadlines(options.request_timeout)
         self._judge_at: float | None = None
-        self._empty_at: float | None = None
-        self._handshakes_until = 0.0
+        self._stopping = stop_sequence.StopSequence()
         self._sweep_at: float | None = None
-        self._queue_until = 0.0  # while a graceful stop has not seen the end of the queue
-        self._last_calls = 3
         self._make_check = check
         self._check: Check | None = None
         self._check_again = False
@@ -124,6 +127,9 @@ class Master:
         self._warned = False
         self._detach = False
         self._refused = False  # the system refused a fork in this turn
+        self._faulty = False  # something has failed since the last sleep
+        self._faults: dict[str, float] = {}  # when which failure was said last
+        self._turned_at = 0.0
         self._began = time.monotonic()
         self._poll_interval: float | None = None
         self._poll_at = 0.0
@@ -146,7 +152,8 @@ class Master:
         """Stop the pool. `run()` returns when it is over or, with `detach`, as soon as every worker was asked to leave:
         call it again to see the drain through."""
         self._detach = detach
-        self._ask(lambda: self._stop(how))
+        stage = {Stop.GRACEFUL: Stage.SETTLING, Stop.FAST: Stage.FAST, Stop.KILL: Stage.KILL}[how]
+        self._ask(lambda: self._stop(stage))
 
     def _ask(self, what: Callable[[], None]) -> None:
         self._asked.append(what)
@@ -169,32 +176,22 @@ class Master:
         """
         self._poll_interval, self._poll_at = poll_interval, time.monotonic()
         prepare(memory=bool(self.options.max_memory))
-        self._inbox.install()
         former = _collectable()
         try:
-            while self._once():
-                pass
+            self._inbox.install()
+            while True:
+                self._turn()
+                # Asked between the turn and the sleep: the last exit may have been collected just now, and nothing
+                # would ever wake us for it again.
+                if self._over():
+                    break
+                self._sleep()
         finally:
             if former is not None:
                 signal.signal(signal.SIGCHLD, former)
             self._inbox.restore()
         if self.pool.boot_failed:
             raise BootError(f"no worker became ready\n{self._last_words}".rstrip())
-
-    def _once(self) -> bool:
-        """One turn and the sleep after it. False when all is over."""
-        try:
-            self._turn()
-            # Asked between the turn and the sleep: the last exit may have been collected just now, and nothing would
-            # ever wake us for it again.
-            if self._over():
-                return False
-            self._sleep(None)
-        except Exception:
-            # A fault of our own must not take the service down. It is logged in full and the loop goes on, slowly.
-            log.exception("the master's loop failed; it goes on")
-            self._sleep(0.1)
-        return True
 
     def close(self) -> None:
         """Give back what the loop needs. Nothing of the pool may be left."""
@@ -214,62 +211,98 @@ class Master:
         return False
 
     def _turn(self) -> None:
-        now = time.monotonic()
+        self._turned_at = now = time.monotonic()
+        self._refused = False
+        for step in (
+            self._notice_absence,
+            self._hear_threads,
+            self._reap,
+            self._last_call,
+            self._watch_check,
+            self._settle,
+            self._listen_to_slots,
+            self._judge,
+            self._carry_out_all,
+            self._tell,
+            self._service,
+        ):
+            with self._guarded("the master's loop failed at %s; it goes on", step.__name__):
+                step(now)
+
+    def _notice_absence(self, now: float) -> None:
         if missed := self._attention.missed(now):
-            log.warning("the master did not run for %.1f s; everybody's time is extended by that", missed)
+            log.warning("the master did not run for %.1f s; all deadlines are extended by that", missed)
             self.pool.grant(missed)
             self._deadlines.grant(now, missed)
+
+    def _hear_threads(self, now: float) -> None:
         while self._asked:
             self._asked.popleft()()
-        self._reap(now)
-        self._last_call(now)
-        self._watch_check()
-        self._empty(now)
-        self._listen_to_slots(now)
-        self._judge(now)
-        self._refused = False
-        for order in self.pool.orders(now):
-            try:
-                self._carry_out(order)
-            except Exception:
-                # The pool believes that its orders are given; one that fails must not take the others with it.
-                log.exception("an order of the pool failed: %s", order)
-        self._tell()
-        self._service(now)
 
-    def _sleep(self, timeout: float | None) -> None:
-        """Until something happens or the next deadline (or, after a fault, `timeout`)."""
-        due = self._next()
-        self._attention.expect(due)
-        if timeout is None and due is not None:
-            timeout = min(max(0.0, due - time.monotonic()), LONGEST)
-        for one in self._inbox.wait(0.0 if self._asked else timeout):
-            try:
+    def _carry_out_all(self, now: float) -> None:
+        for order in self.pool.orders(now):
+            with self._guarded("an order of the pool failed: %s", order):
+                self._carry_out(order)
+
+    def _sleep(self) -> None:
+        """Until something happens or the next deadline."""
+        due: float | None = self._turned_at
+        with self._guarded("the master's loop failed at its deadlines; it goes on"):
+            due = self._next()
+        self._attention.expect(due, self._turned_at)
+        if self._faulty:
+            self._faulty = False
+            self._inbox.pause(FAULT_PAUSE)
+            due = self._turned_at  # it may have come meanwhile
+        timeout = None if due is None else min(max(0.0, due - time.monotonic()), LONGEST)
+        callbacks, signals = self._inbox.wait(0.0 if self._asked else timeout)
+        for callback in callbacks:
+            with self._guarded("the master's loop failed at what a worker said; it goes on"):
+                callback()
+        for one in signals:
+            with self._guarded("%s could not be obeyed", one.name):
                 self._obey(one)
-            except Exception:
-                log.exception("%s could not be obeyed", one.name)
 
     def _next(self) -> float | None:
-        times = [self.pool.next_deadline(), self._judge_at, self._empty_at, self._sweep_at]
+        times = [self.pool.next_deadline(), self._judge_at, self._stopping.due, self._sweep_at]
         if self._check is not None:
             times.append(self._check.deadline)
         if self._poll_interval is not None:
             times.append(self._poll_at)
         return min((t for t in times if t is not None), default=None)
 
+    @contextlib.contextmanager
+    def _guarded(self, text: str, *arguments: object, hook: bool = False) -> Iterator[None]:
+        """What fails inside does not take the service down. After a failure of the master's own, unlike that of a
+        `hook` of the program, the next turn waits."""
+        try:
+            yield
+        except Exception as error:
+            if hook:
+                log.error(text, *arguments, exc_info=error)
+            else:
+                self._faulty = True
+                self._report(error, text, *arguments)
+
+    def _report(self, error: Exception, text: str, *arguments: object) -> None:
+        """Log a failure in full, but the same one at most once a second."""
+        with contextlib.suppress(Exception):
+            what = f"{text % arguments}: {type(error).__name__}: {error}"
+            now = time.monotonic()
+            if now - self._faults.get(what, -FAULT_SAID) >= FAULT_SAID:
+                if len(self._faults) >= 100:
+                    self._faults.clear()
+                self._faults[what] = now
+                log.error(text, *arguments, exc_info=error)
+
     # -- what comes in ---------------------------------------------------------------------------------------------
 
     def _obey(self, one: signal.Signals) -> None:
         if one is signal.SIGCHLD:
             return  # it has waked the loop, which looks for exits in each turn
-        stopping = self.pool.stopping if self._empty_at is None else Stop.GRACEFUL
         log.info("%s", one.name)
-        if one is signal.SIGTERM:
-            self._stop(Stop.GRACEFUL if stopping is Stop.NO else Stop.FAST)
-        elif one is signal.SIGINT:
-            self._stop(Stop.FAST if stopping < Stop.FAST else Stop.KILL)
-        elif one is signal.SIGQUIT:
-            self._stop(Stop.FAST)
+        if stage := stop_sequence.ESCALATION.get((one.name, self._stopping.stage)):
+            self._stop(stage)
         elif one is signal.SIGHUP:
             self._reload()
         elif one is signal.SIGTTIN:
@@ -279,7 +312,7 @@ class Master:
         elif one is signal.SIGUSR1:
             reopen_logs()
             for hand in self._hands.values():
-                hand.child.send(signal.SIGUSR1)
+                self._send(hand, signal.SIGUSR1)
 
     def _resize(self, size: int) -> None:
         size = min(max(1, size), MAX_WORKERS)
@@ -287,49 +320,49 @@ class Master:
             log.info("workers wanted: %d, was %d", size, self.pool.size)
             self.pool.resize(size)
 
-    def _stop(self, how: Stop) -> None:
+    def _stop(self, stage: Stage) -> None:
         now = time.monotonic()
-        if how <= self.pool.stopping or (how is Stop.GRACEFUL and self._empty_at is not None):
+        tcp = [one for one in self.listeners if one.stream and not one.unix]
+        if not self._stopping.rise(stage, now, handshakes=bool(tcp)):
             return
-        log.info("stopping" if how is Stop.GRACEFUL else f"stopping: {how.name.lower()}")
-        if how is Stop.GRACEFUL:
-            tcp = [one for one in self.listeners if one.stream and not one.unix]
+        if stage is Stage.SETTLING:
             for one in tcp:
                 one.hold()
-            self._empty_at = now + SETTLE if tcp else now
-            self._handshakes_until = now + HANDSHAKES
         else:
-            self._empty_at = None
-            self.pool.stop(how, now)
+            self.pool.stop(Stop.FAST if stage is Stage.FAST else Stop.KILL, now)
+        log.info("stopping" if stage is Stage.SETTLING else f"stopping: {stage.name.lower()}")
 
-    def _empty(self, now: float) -> None:
+    def _settle(self, now: float) -> None:
         """The second half of a graceful stop: handshakes that had begun are over, now the queue is all there is."""
-        if self._empty_at is None or now < self._empty_at:
+        due = self._stopping.due
+        if due is None or now < due:
             return
-        if now < self._handshakes_until and any(one.half_open() for one in self.listeners):
-            self._empty_at = now + SETTLE
+        half_open = any(one.half_open() for one in self.listeners)
+        if not self._stopping.settle(now, half_open=half_open, graceful_timeout=self.options.graceful_timeout):
             return
-        self._empty_at = None
         self.board.drain(True)
         for one in self.listeners:
             one.hold()
             one.empty()
         self.pool.stop(Stop.GRACEFUL, now)
-        self._queue_until = now + self.options.graceful_timeout
 
     def _last_call(self, now: float) -> None:
         """Everybody was killed while the pool stops, and there is a queue: fork one more for it."""
-        if now < self._queue_until and not self._hands and any(one.waiting() for one in self.listeners):
-            order = self.pool.last_call()
-            if order is not None and self._last_calls:
-                self._last_calls -= 1
-                self._spawn(order)
+        if self._hands or not self._stopping.may_have_queue(now) or not any(one.waiting() for one in self.listeners):
+            return
+        if (order := self.pool.last_call()) is not None:
+            self._stopping.called()
+            self._spawn(order)
 
     def _heard(self, hand: Hand) -> None:
         """Something arrived on a worker's uplink."""
-        messages, hand.closed = hand.link.read()
+        messages, closed = hand.link.read()
         now, pid = time.monotonic(), hand.child.pid
-        for message in messages:
+        if closed and not hand.closed:
+            hand.closed = True
+            self._inbox.unwatch(hand.link.fd)
+            hand.closed_at = self._sweep_at = now
+        for message, text in messages.items():
             if message == lifeline.READY:
                 self.pool.booted(pid, now)
             elif message == lifeline.LEAVES:
@@ -339,12 +372,11 @@ class Master:
             elif message == lifeline.EXITS:
                 self.pool.leaves(pid, now, Reason.EXITED)
             elif message == lifeline.WORN:
+                log.info("worker %d (pid %d) is to be recycled%s", hand.slot, pid, f": {_plain(text)}" if text else "")
                 self.pool.wear_out(pid)
             elif message == lifeline.STOP:
-                self._stop(Stop.GRACEFUL)
-        if hand.closed:
-            self._inbox.unwatch(hand.link.fd)
-            hand.closed_at = self._sweep_at = now
+                log.info("worker %d (pid %d) asks the pool to stop: shutdown() was called in it", hand.slot, pid)
+                self._stop(Stage.SETTLING)
 
     def _listen_to_slots(self, now: float) -> None:
         """Whether orders were understood is written in the slots of those who have orders."""
@@ -368,7 +400,7 @@ class Master:
         verdicts, self._judge_at = self._deadlines.judge(now, readings)
         for pid in verdicts.interrupt:
             log.warning("worker %d (pid %d): its request is past its deadline", self.pool.members[pid].slot, pid)
-            self._hands[pid].child.send(INTERRUPT)
+            self._send(self._hands[pid], INTERRUPT)
         for pid in verdicts.condemn:
             self.pool.condemn(pid, Reason.REQUEST_TIMEOUT, now)
         if not self.pool.members:
@@ -384,8 +416,9 @@ class Master:
             # Two notices of a death: the pidfd, and the end of the uplink. The pipe closes a moment before there is an
             # exit to collect, and may be held open by a child of the worker; without a pidfd it is therefore looked at
             # again.
-            if self._collect(hand, try_it=sweep or hand.child.ended or hand.closed):
-                continue
+            with self._guarded("worker %d (pid %d) cannot be collected", hand.slot, hand.child.pid):
+                if self._collect(hand, try_it=sweep or hand.child.ended or hand.closed):
+                    continue
             if hand.closed:
                 # One that closed its uplink by mistake and lives on must not keep the master awake.
                 self._sweep_at = now + (SWEEP if now - hand.closed_at < TICK else TICK)
@@ -406,21 +439,21 @@ class Master:
         entry = self.board.read(hand.slot, now)
         # One that was ended by its first request has taken it: it is no crash loop, the clients set its pace.
         served = entry.requests > 0 or entry.busy_for > 0
+        self._forget(hand)
         member = self.pool.exited(pid, now, crashed=status != -signal.SIGKILL, served=served)
         reason = member.reason or Reason.EXITED
         killed = status is not None and status < 0
         if killed and not (member.killed or member.aborted) and (reason.ordered or reason is Reason.EXITED):
             reason = Reason.KILLED
         if reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
-            self._queue_until = 0.0  # it left because it found the queue empty
+            self._stopping.found_empty()
         report = report_of(hand, self.board, reason, status, memory)
-        self._forget(hand)
         if reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
             log_exit(report, known=self._last_words)
             self._last_words = report.detail or str(report)
         else:
             log_exit(report)
-        with _logged("worker_exited"):
+        with self._guarded("worker_exited() raised; the pool goes on", hook=True):
             self.hooks.worker_exited(report)
         return True
 
@@ -437,12 +470,20 @@ class Master:
         if isinstance(order, pool.Spawn):
             self._spawn(order)
         elif hand := self._hands.get(order.pid):
-            hand.child.send(_SIGNAL_OF[type(order)])
+            self._send(hand, _SIGNAL_OF[type(order)])
+
+    def _send(self, hand: Hand, signum: int) -> None:
+        try:
+            hand.child.send(signum)
+        except OSError as error:  # EPERM: it has another user now
+            self._report(error, "worker %d (pid %d) cannot be signalled", hand.slot, hand.child.pid)
 
     def _spawn(self, order: pool.Spawn) -> None:
         if not self._warned and (names := processes.threads_left_behind()):
             self._warned = True
             log.debug("workers are forked without these threads of the master: %s", ", ".join(names))
+        if not self._stopping.begun:
+            self._revive_listeners()
         try:
             hand = launch(
                 self.board,
@@ -466,20 +507,25 @@ class Master:
         pid = hand.child.pid
         self._hands[pid] = hand
         self.pool.spawned(order, pid, hand.born)
-        try:
-            self._inbox.watch(hand.link.fd, lambda: self._heard(hand))
-            if hand.child.pidfd is not None:
-                self._inbox.watch(hand.child.pidfd, hand.child.note_end)
-        except OSError as error:  # ENOSPC, ENOMEM: epoll has limits of its own
-            log.error("cannot watch worker %d: %s", order.slot, error.strerror or error)
-            hand.child.send(signal.SIGKILL)
-            self._sweep_at = time.monotonic()
+        self._inbox.watch(hand.link.fd, lambda: self._heard(hand))
+        if hand.child.pidfd is not None:
+            self._inbox.watch(hand.child.pidfd, hand.child.note_end)
 
-    def _tell(self) -> None:
+    def _revive_listeners(self) -> None:
+        """A worker, or the program, may have shut down what all of them share: nobody could connect any more."""
+        for one in self.listeners:
+            if one.is_shut():
+                name = describe(one.socket)
+                with self._guarded("%s was shut down by a worker or the program, and cannot be opened again", name):
+                    one.revive()
+                    log.error("%s was shut down by a worker or the program; it is open again", name)
+
+    def _tell(self, now: float) -> None:
         """Log what happened to the pool as a whole."""
-        for news, generation in self.pool.news:
+        news_of_pool, self.pool.news = self.pool.news, []
+        for news, generation in news_of_pool:
             if news is pool.News.READY:
-                took = time.monotonic() - self._began
+                took = now - self._began
                 log.info("pool ready: %d workers, generation %d, %.3f s", self.pool.size, generation, took)
             elif news is pool.News.RELOAD_BEGINS:
                 log.info("reload: generation %d begins", generation)
@@ -488,19 +534,18 @@ class Master:
             else:
                 good = self.pool.generation
                 log.error("reload failed: generation %d did not boot; generation %d serves on", generation, good)
-        self.pool.news.clear()
 
     def _service(self, now: float) -> None:
         if self._poll_interval is None or now < self._poll_at:
             return
-        with _logged("service_actions"):
-            self.hooks.service_actions()
         self._poll_at = now + max(0.001, self._poll_interval)
+        with self._guarded("service_actions() raised; the pool goes on", hook=True):
+            self.hooks.service_actions()
 
     # -- reload ----------------------------------------------------------------------------------------------------
 
     def _reload(self) -> None:
-        if self.pool.stopping is not Stop.NO or self._empty_at is not None:
+        if self._stopping.begun:
             return
         if self._make_check is None:
             self.pool.reload()
@@ -519,7 +564,7 @@ class Master:
     def goal(self) -> int:
         return self.pool.generation
 
-    def _watch_check(self) -> None:
+    def _watch_check(self, now: float) -> None:
         """A trial of the program is over, or has had its time."""
         check = self._check
         if check is None or not check.over():
@@ -527,7 +572,7 @@ class Master:
         self._inbox.unwatch(check.fd)
         self._check = None
         wrong = check.result()
-        if self.pool.stopping is not Stop.NO:
+        if self._stopping.begun:
             return
         if wrong is None:
             self.pool.reload()
@@ -545,13 +590,9 @@ _SIGNAL_OF = {
 }
 
 
-@contextlib.contextmanager
-def _logged(name: str) -> Iterator[None]:
-    """A hook of the program may raise; the pool does not die of it."""
-    try:
-        yield
-    except Exception:
-        log.exception("%s() raised; the pool goes on", name)
+def _plain(text: str) -> str:
+    """What a worker said, on one line."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _collectable() -> Any:

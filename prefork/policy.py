@@ -51,9 +51,12 @@ class Attention:
     def __init__(self) -> None:
         self._due: float | None = None
 
-    def expect(self, due: float | None) -> None:
-        """The master goes to sleep and means to be back at `due` (None: whenever something happens)."""
-        self._due = due
+    def expect(self, due: float | None, turn: float) -> None:
+        """The master goes to sleep and means to be back at `due` (None: whenever something happens).
+
+        What was due before the `turn` that it has just made was looked at in it: it tells of no absence.
+        """
+        self._due = None if due is None else max(due, turn)
 
     def missed(self, now: float) -> float:
         """How late the master is, or 0.0 where it is no more than `SLACK`."""

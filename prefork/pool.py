@@ -121,6 +121,7 @@ class Pool:
     UNHEARD = 0.3  # a worker that must leave at once and does not even say so is killed
     TEARDOWN = 2.0  # one that said so may use this long for its teardown
     DUMP = 0.5  # between the order to show its stacks, of which it dies, and SIGKILL for one that is stopped
+    AGAIN = 0.5  # between two SIGKILLs: the system may have refused the first
 
     def __init__(self, options: Options, rng: random.Random) -> None:
         self.options = options
@@ -232,7 +233,7 @@ class Pool:
     def understood(self, pid: int, now: float) -> None:
         """A worker's slot says that the order in force has reached it."""
         member = self.members.get(pid)
-        if member is not None and member.state is State.RETIRING and not member.understood:
+        if member is not None and member.state is State.RETIRING and not (member.understood or member.killed):
             member.understood = True
             if member.quitting:
                 member.kill_at = now + self.TEARDOWN
@@ -303,7 +304,7 @@ class Pool:
         """Move every deadline: the master was away for so long, and nobody's time shall count against him."""
         for member in self.members.values():
             member.boot_deadline += seconds
-            if member.kill_at is not None and not member.aborted:
+            if member.kill_at is not None and not (member.aborted or member.killed):
                 member.kill_at += seconds
 
     # -- orders ----------------------------------------------------------------------------------------------------
@@ -333,10 +334,10 @@ class Pool:
                 yield m.boot_deadline
             if m.expires is not None:
                 yield m.expires
-            if m.state is State.RETIRING and not m.killed:
+            if m.state is State.RETIRING:
                 if m.kill_at is not None:
                     yield m.kill_at
-                if not m.understood and not m.aborted:
+                if not (m.understood or m.aborted or m.killed):
                     yield m.signal_at
         if self.stopping is Stop.NO:
             for slot, _ in self._wanted_spawns():
@@ -344,20 +345,22 @@ class Pool:
                 yield max(self._system.until, backoff.until if backoff else 0.0)
 
     def _press(self, m: Member, now: float) -> Order | None:
-        """The next step of making one worker leave."""
-        if m.state is not State.RETIRING or m.killed:
+        """The next step of making one worker leave. The last one is repeated until it is gone."""
+        if m.state is not State.RETIRING:
             return None
         if m.kill_at is not None and now >= m.kill_at:
             # Where nobody will read the stacks, or there is nothing in hand, there is no dump.
-            if m.aborted or self.stopping >= Stop.FAST or (m.ready_at is None and m.reason is not Reason.BOOT_TIMEOUT):
+            unread = self.stopping >= Stop.FAST or (m.ready_at is None and m.reason is not Reason.BOOT_TIMEOUT)
+            if m.killed or m.aborted or unread:
                 m.killed = True
+                m.kill_at = now + self.AGAIN
                 return Kill(m.pid)
             m.aborted = True
             m.kill_at = now + self.DUMP
             if m.reason not in (Reason.BOOT_TIMEOUT, Reason.REQUEST_TIMEOUT):
                 m.reason = Reason.GRACEFUL_TIMEOUT
             return Abort(m.pid)
-        if not m.understood and not m.aborted and now >= m.signal_at:
+        if not (m.understood or m.aborted or m.killed) and now >= m.signal_at:
             m.signal_at = now + m.gap
             m.gap = min(self.LAST_GAP, m.gap * 2)
             return Quit(m.pid) if m.quitting else Retire(m.pid)

@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -55,9 +56,11 @@ class Scout:
             ends = lifeline.Ends.open()
             processes.private([self._socket.fileno()])
         self.fd = self._socket.fileno()
+        main_thread = threading.current_thread() is threading.main_thread()
+        lifeline.prepare()
 
         def main(unblock: Callable[[], None]) -> int:
-            lifeline.arm(ends.lifeline_read)
+            lifeline.arm(ends.lifeline_read, main_thread=main_thread)
             stderr.replace()
             for one in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
                 signal.signal(one, signal.SIG_DFL)

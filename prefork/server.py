@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import prefork.lifeline as lifeline
 import prefork.listeners as listeners
 import prefork.workers.chain as chain
 from prefork.errors import OptionError
@@ -117,7 +116,7 @@ class PreforkMixIn(Settings):
         In a worker it asks the master to stop the pool, and returns at once.
         """
         if self.worker is not None:
-            self.worker._uplink.say(lifeline.STOP)
+            self.worker.stop_pool()
             return
         pool = service_of(self)
         pool.stop(detach=not self.block_on_close)

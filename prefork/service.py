@@ -197,7 +197,7 @@ class Service:
         fresh = [renewed(server) for server in servers]
         sockets = []
         for server, sock in zip(servers, fresh, strict=True):
-            one = listeners.Listener(sock, held=getattr(server, "_held", False))
+            one = listeners.Listener(sock, held=getattr(server, "_held", False), claim=getattr(server, "_claim", None))
             # Alone, a listener is waited on by accept() itself; one of several must never block the others.
             one.open(blocking=len(servers) == 1)
             sockets.append(one)

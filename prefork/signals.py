@@ -1,5 +1,9 @@
 """The signal inbox: what wakes the master, whoever sends it.
 
+Waiting cannot fail. A descriptor that the epoll does not take (ENOSPC, ENOMEM: it has limits of its own) has everything
+waited for by poll(2) until it does; so does a wait that the epoll refuses. Where poll refuses too, every descriptor is
+looked at after a short sleep. So what is watched may be called without a reason, and must not block.
+
 Handlers only note which signal came; `set_wakeup_fd` (signal(7), CPython's own C-level handler) makes the selector
 return. The bytes on that socket pair are never counted or interpreted: 200,000 signals arrived as 20,733 bytes. Other
 threads wake the master through the same pair.
@@ -15,11 +19,13 @@ import contextlib
 import faulthandler
 import functools
 import mmap
+import select
 import selectors
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +33,7 @@ import prefork.processes as processes
 
 # A frame takes 3.4 KiB with AVX-512, 12 KiB with AMX; a master handles eight signals. Memory is what is touched of it.
 _ROOM = 512 * 1024
+_PAUSE = 0.02  # seconds between two looks at everything where the system refuses every kind of waiting
 
 
 class Inbox:
@@ -50,7 +57,9 @@ class Inbox:
             processes.private(self._own)
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
-        self._selector.register(self._receiver, selectors.EVENT_READ, None)
+        self._selector.register(self._receiver, selectors.EVENT_READ)
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._refused: set[int] = set()  # of these, what the epoll has not taken yet
         self._former: dict[signal.Signals, Any] = {}
         self._former_wakeup: int | None = None
         self._former_stack: Any = None
@@ -87,6 +96,7 @@ class Inbox:
 
     def _note(self, signum: int, frame: object) -> None:
         self._pending.append(signal.Signals(signum))
+        self.wake()  # where the interpreter could not write to the pair itself: its wait goes on after a handler
 
     def wake(self) -> None:
         """From any thread: make `wait()` return."""
@@ -94,25 +104,58 @@ class Inbox:
             self._sender.send(b"\0")
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
-        self._selector.register(fd, selectors.EVENT_READ, callback)
+        """Have `wait()` return `callback` when the descriptor is readable."""
+        self._callbacks[fd] = callback
+        self._refused.add(fd)
+        self._register()
 
     def unwatch(self, fd: int) -> None:
+        self._callbacks.pop(fd, None)
+        self._refused.discard(fd)
         with contextlib.suppress(KeyError, ValueError, OSError):
             self._selector.unregister(fd)
 
-    def wait(self, timeout: float | None) -> list[signal.Signals]:
-        """Sleep until something happens, at most `timeout` seconds; run the callbacks; return the signals that came."""
-        if self._pending:
-            timeout = 0.0
-        for key, _ in self._selector.select(timeout):
-            if key.data is None:
-                with contextlib.suppress(BlockingIOError):
+    def wait(self, timeout: float | None) -> tuple[list[Callable[[], None]], list[signal.Signals]]:
+        """Sleep until something happens, at most `timeout` seconds. The callbacks of what is readable, and the signals
+        that came."""
+        if self._refused:
+            self._register()
+        for fd in (ready := self._select(0.0 if self._pending else timeout)):
+            if fd == self._receiver.fileno():
+                with contextlib.suppress(OSError):
                     while len(self._receiver.recv(4096)) == 4096:
                         pass
-            else:
-                key.data()
         taken, self._pending = self._pending, []
-        return taken
+        return [self._callbacks[fd] for fd in ready if fd in self._callbacks], taken
+
+    def pause(self, seconds: float) -> None:
+        """Sleep until a signal, a `wake()`, or the end of the time."""
+        if not self._pending:
+            try:
+                processes.wait_readable(self._receiver.fileno(), seconds)
+            except Exception:
+                time.sleep(_PAUSE)
+
+    def _register(self) -> None:
+        for fd in list(self._refused):
+            with contextlib.suppress(OSError):
+                self._selector.register(fd, selectors.EVENT_READ)
+                self._refused.discard(fd)
+
+    def _select(self, timeout: float | None) -> list[int]:
+        """The descriptors that are readable."""
+        if not self._refused:
+            with contextlib.suppress(Exception):  # of the system, or of a program that has replaced what is called here
+                return [key.fd for key, _ in self._selector.select(timeout)]
+        fds = [self._receiver.fileno(), *self._callbacks]
+        try:
+            poll = select.poll()
+            for fd in fds:
+                poll.register(fd, select.POLLIN)
+            return [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]
+        except Exception:
+            time.sleep(_PAUSE)
+            return fds
 
 
 def _enlarge_stack() -> Any:

@@ -112,7 +112,7 @@ class Pool:
         hear, tell = os.pipe()
 
         def main(unblock: Callable[[], None]) -> int:
-            lifeline.arm(armed)
+            lifeline.arm(armed, main_thread=False)
             unblock()
             testbed.prepare(self._directory, self._refuse)
             return testbed.serve(lambda: testbed.make(serve, handler, address, settings, self._directory), tell)

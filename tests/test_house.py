@@ -17,7 +17,7 @@ KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of wo
 FLOORS = (
     {"errors", "options", "states", "reports"},
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
-    {"pool", "policy"},
+    {"pool", "policy", "stop_sequence"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
     | {"workers.share", "workers.sync", "workers.filter", "workers.threaded"}
     | {"workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}

@@ -67,15 +67,24 @@ def test_attention() -> None:
     """The master notices that it came back late, once; a little late is nothing, nor is a sleep without an end."""
     attention = Attention()
     assert attention.missed(5.0) == 0.0
-    attention.expect(10.0)
+    attention.expect(10.0, 6.0)
     assert attention.missed(9.0) == 0.0, "early: something happened"
-    attention.expect(10.0)
+    attention.expect(10.0, 9.0)
     assert attention.missed(10.5) == 0.0
-    attention.expect(10.0)
+    attention.expect(10.0, 9.0)
     assert attention.missed(25.0) == 15.0
     assert attention.missed(40.0) == 0.0, "said once"
-    attention.expect(None)
+    attention.expect(None, 40.0)
     assert attention.missed(1000.0) == 0.0
+
+
+def test_what_was_due_before_a_turn_tells_of_no_absence() -> None:
+    """Something may stay due, as a spawn does that has failed: only the time since the turn can have been missed."""
+    attention = Attention()
+    attention.expect(0.0, 5000.0)
+    assert attention.missed(5000.1) == 0.0
+    attention.expect(0.0, 5000.0)
+    assert attention.missed(5010.0) == 10.0, "it was stopped in the middle of the turn"
 
 
 def one(deadline: float, *, serial: int = 1, interrupted: bool = False, pid: int = 7) -> Reading:

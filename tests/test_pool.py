@@ -447,14 +447,15 @@ def test_orders_are_repeated_until_understood() -> None:
 
 @pytest.mark.parametrize("heard", [False, True])
 def test_graceful_timeout(heard: bool) -> None:
-    """Who has not left after `graceful_timeout` shows its stacks and is killed; nothing follows the kill."""
+    """Who has not left after `graceful_timeout` shows its stacks and is killed, again and again until it is gone."""
     bench = Bench(2, graceful_timeout=5.0)
     bench.pool.resize(1)
     bench.look()
     if heard:
         bench.pool.understood(2, bench.now)
     assert bench.look(4.999) == ([] if heard else [Retire(2)])
-    assert bench.look(0.001) == [Abort(2)] and bench.look(Pool.DUMP) == [Kill(2)] and bench.look(60.0) == []
+    assert bench.look(0.001) == [Abort(2)] and bench.look(Pool.DUMP) == [Kill(2)]
+    assert bench.look(Pool.AGAIN - 0.01) == [] and bench.look(0.01) == [Kill(2)] and bench.look() == []
     assert bench.exit(2).reason is Reason.GRACEFUL_TIMEOUT
 
 
@@ -540,6 +541,7 @@ def test_fast_stop() -> None:
     assert bench.look() == [Quit(1), Quit(2)]
     bench.pool.understood(2, bench.now)
     assert bench.look(Pool.UNHEARD) == [Kill(1)]
+    bench.exit(1)
     assert bench.look(Pool.TEARDOWN - Pool.UNHEARD) == [Kill(2)]
 
 

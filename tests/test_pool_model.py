@@ -49,6 +49,7 @@ class Process:
     condemned: bool = False
     told_at: float | None = None
     told: type[Order] | None = None  # the last order it was sent
+    killed_at: float = 0.0
     signal_at: float = 0.0
     understood: bool = False
 
@@ -171,7 +172,12 @@ class World:
         member = self.pool.members[order.pid]
         options, stopping = self.options, self.pool.stopping
         assert member.state is State.RETIRING
-        assert process.told is not Kill, "an order after Kill"
+        if process.told is Kill:
+            assert isinstance(order, Kill), "another order after Kill"
+            assert self.now - process.killed_at > Pool.AGAIN - 1e-6, "kills come in a storm"
+            process.killed_at = self.now
+            return
+        process.killed_at = self.now
         assert process.told is not Abort or isinstance(order, Kill), "only Kill follows Abort"
         overdue = not process.was_ready and self.now >= process.born + options.boot_timeout
         if isinstance(order, Retire | Quit):

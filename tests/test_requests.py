@@ -22,6 +22,7 @@ from prefork.workers.loop import LoopWorker
 from prefork.workers.site import Site
 
 TIMEOUT = 30.0
+TOKEN = b"a token."
 
 
 class Bench:
@@ -32,7 +33,7 @@ class Bench:
         self.uplink, write = os.pipe()
         self.server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         options = Options({"workers": 1, "request_timeout": TIMEOUT, **values})
-        self.worker = kind([self.server], Seat(0, 1, options, self.board.slot(0), -1, write, "", 1))
+        self.worker = kind([self.server], Seat(0, 1, options, self.board.slot(0), -1, write, TOKEN, True, "", 1))
         self.worker._ready = True
         self.fds = [self.uplink, write]
 

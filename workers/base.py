@@ -93,7 +93,7 @@ class Worker:
         self._forking = threading.local()  # the signal mask of a thread that forks
         self._disowned = False  # in a child that the program forked from this worker
         self._board = seat.board
-        self._uplink = lifeline.Uplink(seat.uplink_write)
+        self._uplink = lifeline.Uplink(seat.uplink_write, seat.token)
         self._worn = False
         self._ready = False
         self._acceptor: Acceptor | None = None
@@ -242,7 +242,11 @@ class Worker:
         """Ask to be replaced. The worker serves on until its replacement is ready."""
         if not self._worn:
             self._worn = True
-            self._uplink.say(lifeline.WORN)
+            self._uplink.say(lifeline.WORN, reason)
+
+    def stop_pool(self) -> None:
+        """Ask the master to stop the whole pool gracefully. Returns at once."""
+        self._uplink.say(lifeline.STOP)
 
     # -- between two requests --------------------------------------------------------------------------------------
 

@@ -37,6 +37,8 @@ class Seat:
     board: scoreboard.Slot
     lifeline_read: int
     uplink_write: int
+    token: bytes  # of its messages on the uplink
+    main_thread: bool  # forked by the main thread of the master
     title: str
     seed: int
 
@@ -49,13 +51,13 @@ class Life(Protocol):
 
 def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None]) -> int:
     """The child's whole life, given to `processes.fork`. Returns its exit code."""
-    uplink = lifeline.Uplink(seat.uplink_write)
+    uplink = lifeline.Uplink(seat.uplink_write, seat.token)
 
     def leave(signum: int, frame: types.FrameType | None) -> None:
         uplink.say(lifeline.LEAVES)
         os._exit(0)
 
-    lifeline.arm(seat.lifeline_read)
+    lifeline.arm(seat.lifeline_read, main_thread=seat.main_thread)
     stderr.replace()
     # The stacks of a hang (ABRT) or a crash (SIGSEGV and its like) go into the report of this worker's death.
     faulthandler.enable(file=seat.uplink_write, all_threads=True)
@@ -102,6 +104,7 @@ def own_memory() -> int:
 def prepare(*, memory: bool) -> None:
     """In the master, before the first fork: import what every worker would import, and leave no garbage to copy."""
     gc.collect()
+    lifeline.prepare()
     if sys.platform != "darwin":
         import setproctitle  # noqa: F401
     if memory:

@@ -1,0 +1,276 @@
+"""The system refuses a call of the master once, for a while or for good: the pool serves on, and obeys."""
+
+import os
+import signal
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+import prefork.master as master
+from prefork.options import Options
+from prefork.stop_sequence import Stage
+from programs2.faults import begin, check_alive, soon
+from programs2.scripts import Notes, Start, hold, launch, noted, rest
+from support import ask, patterns, processes, state, until
+
+pytestmark = pytest.mark.timeout(60)
+
+# -- waiting ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [1, 3, None])
+def test_the_wait_of_the_loop_fails(start: Start, times: int | None) -> None:
+    """Where the epoll refuses to wait, three times or for good, deaths and signals are noticed in another way."""
+    before = f"""
+selectors.EpollSelector.select = refusing(selectors.EpollSelector.select, errno.EINVAL, times={times})
+"""
+    program = begin(start, before)
+    workers = program.wait_ready(2)
+    program.write("refuse", "")
+    program.kill_workers(*workers)
+    program.wait_ready(2, without=workers)
+    check_alive(program)
+    program.finish()
+
+
+def test_every_way_to_wait_fails(start: Start) -> None:
+    """Where the system refuses every kind of waiting for a while, the pool is looked after all the same."""
+    before = """
+selectors.EpollSelector.select = refusing(selectors.EpollSelector.select, errno.ENOMEM)
+import prefork.signals
+
+class Poll:
+    def __init__(self):
+        self.real = select.poll()
+        self.register = self.real.register
+        self.poll = refusing(self.real.poll, errno.ENOMEM)
+
+class Select:
+    poll = Poll
+    POLLIN = select.POLLIN
+
+prefork.signals.select = Select
+"""
+    program = begin(start, before)
+    workers = program.wait_ready(2)
+    program.write("refuse", "")
+    program.kill_workers(*workers)
+    program.wait_ready(2, without=workers)
+    check_alive(program)
+    program.finish()
+
+
+def test_the_epoll_does_not_take_new_workers(start: Start) -> None:
+    """A worker that cannot be watched by the epoll is not killed for it, is heard, and is watched when that works."""
+    before = """
+register = selectors.EpollSelector.register
+selectors.EpollSelector.register = refusing(register, errno.ENOSPC)
+"""
+    program = begin(start, before)
+    workers = program.wait_ready(2)
+    with program.flat():
+        program.write("refuse", "")
+        program.kill_workers(*workers)
+        later = program.wait_ready(2, without=workers)
+        program.kill_workers(*later)
+        program.wait_ready(2, without=later)
+        (program.work / "refuse").unlink()
+        ask(program.address)
+    check_alive(program)
+    program.finish()
+
+
+def test_a_wake_up_that_is_not_written(start: Start) -> None:
+    """A signal is acted on at once where the interpreter cannot tell the loop of it."""
+    before = """
+signal.set_wakeup_fd = lambda fd, **named: -1
+"""
+    program = begin(start, before)
+    for number in (3, 4):
+        program.send(signal.SIGTTIN)
+        with soon(0.5):
+            program.wait_ready(number)
+    with soon(0.5):
+        assert program.stop().code == 0
+    program.finish()
+
+
+# -- failures within the loop ----------------------------------------------------------------------
+
+
+def test_a_failure_changes_no_deadline(start: Start, notes: Notes) -> None:
+    """A turn of the loop that failed while a worker was missing is no reason to put off requests' deadlines."""
+    before = """
+import prefork.master
+prefork.master.log_exit = refusing(prefork.master.log_exit, errno.EIO, times=1)
+"""
+    program = begin(start, before, timeout=0.5, allow=[patterns.TRACEBACK, patterns.FAULT])
+    workers = program.wait_ready(2)
+    program.write("refuse", "")
+    program.kill_workers(workers[0])
+    program.wait_ready(2, without=workers[:1])
+    with ExitStack() as stack, soon(3.0):
+        assert rest(hold(program.address, stack, "deaf")) == b""
+    assert "did not run for" not in program.log
+    assert program.log.count("cannot be collected") == 1
+    check_alive(program)
+    program.finish()
+
+
+def test_a_step_that_always_fails(start: Start) -> None:
+    """What fails in each turn keeps nothing else from being done, and is not said more than once a second."""
+    before = """
+import prefork.master
+prefork.master.Master._judge = refusing(prefork.master.Master._judge, errno.EIO)
+"""
+    program = begin(start, before, allow=[patterns.TRACEBACK])
+    program.write("refuse", "")
+    begun = time.monotonic()
+    check_alive(program)
+    assert 1 <= program.log.count("the master's loop failed") <= 2 + time.monotonic() - begun
+    program.finish()
+
+
+def test_a_death_that_cannot_be_collected(start: Start) -> None:
+    """Where wait4 is refused for good, deaths are collected by waitid."""
+    program = begin(start, "os.wait4 = refusing(os.wait4, errno.ENOSYS)\n")
+    program.write("refuse", "")
+    with program.flat():
+        for _ in range(3):
+            workers = program.wait_ready(2)
+            program.kill_workers(*workers)
+            program.wait_ready(2, without=workers)
+    assert program.log.count("it was killed by a signal, SIGKILL") == 6
+    check_alive(program)
+    program.finish()
+
+
+# -- signals to workers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", ["ENOSYS", "EPERM"])
+def test_signals_by_pidfd_are_refused(start: Start, error: str) -> None:
+    """Where a container's filter refuses signals by pidfd, orders reach the workers by their pids."""
+    program = begin(start, f"signal.pidfd_send_signal = refusing(signal.pidfd_send_signal, errno.{error})\n")
+    program.write("refuse", "")
+    program.send(signal.SIGTTIN)
+    program.wait_ready(3)
+    program.send(signal.SIGTTOU)
+    program.wait_ready(2)
+    with soon(1.0):
+        check_alive(program)
+    program.finish()
+
+
+def test_a_kill_is_repeated_until_its_effect_is_seen(start: Start, notes: Notes) -> None:
+    """A hung worker that could not be killed when it was due is killed when that is possible again."""
+    before = """
+signal.pidfd_send_signal = refusing(signal.pidfd_send_signal, errno.EPERM)
+os.kill = refusing(os.kill, errno.EPERM)
+"""
+    program = begin(start, before, timeout=0.3, allow=[patterns.TRACEBACK, patterns.FAULT])
+    program.write("refuse", "")
+    with ExitStack() as stack:
+        client = hold(program.address, stack, "deaf")
+        (pid,) = map(int, noted(notes, "begun"))
+        program.wait_for(r"worker \d+ \(pid \d+\) cannot be signalled", number=2)
+        assert processes.alive(pid)
+        (program.work / "refuse").unlink()
+        with soon(3.0):
+            assert rest(client) == b""
+    check_alive(program)
+    program.finish()
+
+
+def test_a_worker_that_is_traced(start: Start, notes: Notes) -> None:
+    """A worker that stops under the tracing of its master has not ended: the pool still obeys, and ends it."""
+    before = """
+import ctypes
+
+class Traced(Handler):
+    def answer(self, order):
+        if order == "trace":
+            ctypes.CDLL(None).ptrace(0, 0, 0, 0)  # PTRACE_TRACEME: the master is the tracer
+            note(f"begun {os.getpid()}")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().answer(order)
+"""
+    program = begin(start, before, timeout=0.3, handler="Traced")
+    with ExitStack() as stack:
+        client = hold(program.address, stack, "trace")
+        (pid,) = map(int, noted(notes, "begun"))
+        until(lambda: state(pid) == "t", what="the worker is stopped under its tracer")
+        workers = program.wait_ready(2)
+        program.kill_workers(*(set(workers) - {pid}))
+        with soon(5.0):
+            assert rest(client) == b""
+    program.wait_ready(2, without=[pid])
+    check_alive(program)
+    program.finish()
+
+
+# -- a stop and a trial ----------------------------------------------------------------------------
+
+
+class Trial:
+    """A trial of the program that has just ended well."""
+
+    deadline = float("inf")
+
+    def __init__(self) -> None:
+        self.fd = os.pipe()
+        self.ended = False
+
+    def over(self) -> bool:
+        return True
+
+    def result(self) -> str | None:
+        self.ended = True
+        return None
+
+
+@pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.SERVING])
+def test_a_trial_that_ends_during_a_stop_begins_no_reload(stage: Stage) -> None:
+    """However far a stop has come, and in its first milliseconds too: the trial of a reload is dropped."""
+
+    def never(*arguments: object) -> int:
+        raise AssertionError("nothing is forked here")
+
+    class Hooks:
+        def service_actions(self) -> None: ...
+
+        def worker_exited(self, report: object) -> None: ...
+
+    running = master.Master([], Options({"workers": 1}), never, Hooks())
+    trial: Any = Trial()
+    running._check = trial
+    running._stop(stage)
+    running._watch_check(time.monotonic())
+    assert trial.ended and running.pool.candidate is None
+    running._reload()
+    assert running.pool.candidate is None
+    running.close()
+
+
+def test_reasons_reach_the_log(start: Start) -> None:
+    """A worker that asks to be recycled says why, and the log tells it."""
+    program = launch(
+        start,
+        """
+        class Server(prefork.PreforkTCPServer):
+            workers = 1
+            max_requests = 3
+            max_requests_jitter = 0
+
+        with Server(("127.0.0.1", 0), Handler) as server:
+            server.serve_forever()
+        """,
+    ).ready()
+    first = ask(program.address).pid
+    for _ in range(2):
+        ask(program.address)
+    program.wait_for(rf"worker 0 \(pid {first}\) is to be recycled: max_requests")
+    until(lambda: not processes.alive(first), 5.0, "it was replaced")
+    program.finish()
