@@ -12,7 +12,7 @@ import prefork.lifeline as lifeline
 import prefork.processes as processes
 from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
-from prefork.scoreboard import Scoreboard
+from prefork.scoreboard import Entry, Scoreboard
 from prefork.workers.child import Seat
 
 log = logging.getLogger("prefork")
@@ -32,6 +32,25 @@ class Hand:
     born: float
     closed: bool = False  # its end of the uplink
     closed_at: float = 0.0
+
+    def report(
+        self, entry: Entry, reason: Reason, status: int | None, memory: int | None, now: float, why: str = ""
+    ) -> WorkerExit:
+        """What is to be said of its end. `entry` is what its slot says."""
+        return WorkerExit(
+            self.slot,
+            self.child.pid,
+            self.generation,
+            reason,
+            status,
+            entry.peer,
+            entry.busy_for,
+            entry.requests,
+            memory,
+            now - self.born,
+            self.link.text,
+            why,
+        )
 
     def release(self) -> None:
         self.child.release()
@@ -88,24 +107,6 @@ def launch(
         processes.close(ends.of_worker())
     child = processes.Child(pid, use_pidfd=use_pidfd)
     return Hand(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read, token), born)
-
-
-def report_of(hand: Hand, board: Scoreboard, reason: Reason, status: int | None, memory: int | None) -> WorkerExit:
-    now = time.monotonic()
-    entry = board.read(hand.slot, now)
-    return WorkerExit(
-        hand.slot,
-        hand.child.pid,
-        hand.generation,
-        reason,
-        status,
-        entry.peer,
-        entry.busy_for,
-        entry.requests,
-        memory,
-        now - hand.born,
-        hand.link.text,
-    )
 
 
 def log_exit(report: WorkerExit, *, known: str = "") -> None:

@@ -24,7 +24,7 @@ import prefork.pool as pool
 import prefork.processes as processes
 import prefork.signals as signals
 import prefork.stop_sequence as stop_sequence
-from prefork.crew import Hand, Start, launch, log_exit, report_of
+from prefork.crew import Hand, Start, launch, log_exit
 from prefork.errors import BootError
 from prefork.listeners import Listener, describe
 from prefork.options import MAX_WORKERS, Options
@@ -372,8 +372,7 @@ class Master:
             elif message == lifeline.EXITS:
                 self.pool.leaves(pid, now, Reason.EXITED)
             elif message == lifeline.WORN:
-                log.info("worker %d (pid %d) is to be recycled%s", hand.slot, pid, f": {_plain(text)}" if text else "")
-                self.pool.wear_out(pid)
+                self.pool.wear_out(pid, _plain(text))
             elif message == lifeline.STOP:
                 log.info("worker %d (pid %d) asks the pool to stop: shutdown() was called in it", hand.slot, pid)
                 self._stop(Stage.SETTLING)
@@ -435,20 +434,16 @@ class Master:
         if not hand.closed:
             self._heard(hand)  # what it said before it died comes before its death
         status, memory = exit
-        now, pid = time.monotonic(), hand.child.pid
+        now = time.monotonic()
         entry = self.board.read(hand.slot, now)
+        self._forget(hand)
         # One that was ended by its first request has taken it: it is no crash loop, the clients set its pace.
         served = entry.requests > 0 or entry.busy_for > 0
-        self._forget(hand)
-        member = self.pool.exited(pid, now, crashed=status != -signal.SIGKILL, served=served)
-        reason = member.reason or Reason.EXITED
-        killed = status is not None and status < 0
-        if killed and not (member.killed or member.aborted) and (reason.ordered or reason is Reason.EXITED):
-            reason = Reason.KILLED
-        if reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
+        member = self.pool.exited(hand.child.pid, now, status=status, served=served)
+        report = hand.report(entry, member.reason or Reason.EXITED, status, memory, now, member.why)
+        if report.reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
             self._stopping.found_empty()
-        report = report_of(hand, self.board, reason, status, memory)
-        if reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
+        if report.reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
             log_exit(report, known=self._last_words)
             self._last_words = report.detail or str(report)
         else:

@@ -19,12 +19,20 @@ import enum
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import prefork.policy as policy
 from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason
 from prefork.states import TRANSITIONS, Event, State, Stop
+
+
+class Need(enum.Enum):
+    """Why a worker is started."""
+
+    MISSING = "a worker is missing"
+    CANDIDATE = "a reload tries its generation"
+    REPLACEMENT = "a worker is to be replaced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,7 @@ class Spawn:
 
     slot: int
     generation: int
+    reason: Need = field(default=Need.MISSING, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,7 @@ class Retire:
     """Ask a worker to drain and leave (again, until it says that it understood)."""
 
     pid: int
+    reason: Reason = field(default=Reason.STOPPED, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,7 @@ class Quit:
     """Ask a worker to leave at once (again, until it says that it understood)."""
 
     pid: int
+    reason: Reason = field(default=Reason.STOPPED, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +65,20 @@ class Abort:
     """Make a worker say where it hangs; `Kill` follows."""
 
     pid: int
+    reason: Reason = field(default=Reason.GRACEFUL_TIMEOUT, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """SIGKILL."""
+    """SIGKILL (again, until the worker is gone)."""
 
     pid: int
+    reason: Reason = field(default=Reason.STOPPED, compare=False)
 
 
 Order = Spawn | Retire | Quit | Abort | Kill
+
+SIGKILL = -9  # as an exit status
 
 
 _SERVING = (State.STARTING, State.READY)
@@ -92,6 +107,7 @@ class Member:
     expires: float | None = None  # max_lifetime
     worn: bool = False  # should be replaced, although its generation is right
     reason: Reason | None = None  # why it leaves, once that is known
+    why: str = ""  # the same in its own words, such as the limit that it has reached
     # While it leaves:
     quitting: bool = False
     understood: bool = False
@@ -215,10 +231,11 @@ class Pool:
             self.generation, self.candidate = self.candidate, None
             self._slots.clear()  # what failed was another generation
 
-    def wear_out(self, pid: int) -> None:
+    def wear_out(self, pid: int, why: str = "") -> None:
         """A worker asks to be replaced."""
         if member := self.members.get(pid):
             member.worn = True
+            member.why = why
 
     def leaves(self, pid: int, now: float, reason: Reason = Reason.LEFT) -> None:
         """A worker says that it drains, although perhaps nobody here asked it to."""
@@ -250,11 +267,11 @@ class Pool:
             if member.state is not State.RETIRING:
                 member.on(Event.RETIRED)
 
-    def exited(self, pid: int, now: float, *, crashed: bool, served: bool) -> Member:
-        """A worker was reaped.
+    def exited(self, pid: int, now: float, *, status: int | None, served: bool) -> Member:
+        """A worker was reaped. Why it left is decided here: it is the member's `reason`.
 
-        crashed
-            It ended neither by an order, nor by SIGKILL from outside.
+        status
+            Its exit code, or the negative number of the signal that ended it; None where that is unknown.
         served
             It had taken at least one request.
         """
@@ -268,13 +285,18 @@ class Pool:
         if member.reason in (Reason.LEFT, Reason.EXITED) and member.ready_at is None and not fresh:
             # Told to leave while it booted, by somebody or by itself at every boot: back-off, but no failed reload.
             self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)
-        young = member.ready_at is not None and now - member.ready_at < policy.HEALTHY and not served and crashed
-        if fresh or (young and not asked):
+        healthy = served or (member.ready_at is not None and now - member.ready_at >= policy.HEALTHY)
+        if fresh or (member.ready_at is not None and not healthy and not asked and status != SIGKILL):
             self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)
             if member.generation == self.candidate:
                 self._abandon()
-        elif member.ready_at is not None and (served or now - member.ready_at >= policy.HEALTHY):
+        elif member.ready_at is not None and healthy:
             self._slots.pop(member.slot, None)
+        by_others = status is not None and status < 0 and not (member.killed or member.aborted)
+        if by_others and (member.reason.ordered or member.reason is Reason.EXITED):
+            member.reason = Reason.KILLED
+        if member.reason is not Reason.RECYCLED:
+            member.why = ""  # it wanted to be replaced, and left for something else
         return member
 
     def resize(self, size: int) -> None:
@@ -314,6 +336,7 @@ class Pool:
         for member in self.members.values():
             if member.expires is not None and now >= member.expires:
                 member.worn, member.expires = True, None
+                member.why = f"max_lifetime: {self.options.max_lifetime:g} s"
             if member.state is State.STARTING and now >= member.boot_deadline:
                 self.condemn(member.pid, Reason.BOOT_TIMEOUT, now)
         if self.stopping is Stop.NO:
@@ -340,7 +363,7 @@ class Pool:
                 if not (m.understood or m.aborted or m.killed):
                     yield m.signal_at
         if self.stopping is Stop.NO:
-            for slot, _ in self._wanted_spawns():
+            for slot, *_ in self._wanted_spawns():
                 backoff = self._slots.get(slot)
                 yield max(self._system.until, backoff.until if backoff else 0.0)
 
@@ -354,16 +377,16 @@ class Pool:
             if m.killed or m.aborted or unread:
                 m.killed = True
                 m.kill_at = now + self.AGAIN
-                return Kill(m.pid)
+                return Kill(m.pid, m.reason or Reason.STOPPED)
             m.aborted = True
             m.kill_at = now + self.DUMP
             if m.reason not in (Reason.BOOT_TIMEOUT, Reason.REQUEST_TIMEOUT):
                 m.reason = Reason.GRACEFUL_TIMEOUT
-            return Abort(m.pid)
+            return Abort(m.pid, m.reason)
         if not (m.understood or m.aborted or m.killed) and now >= m.signal_at:
             m.signal_at = now + m.gap
             m.gap = min(self.LAST_GAP, m.gap * 2)
-            return Quit(m.pid) if m.quitting else Retire(m.pid)
+            return (Quit if m.quitting else Retire)(m.pid, m.reason or Reason.STOPPED)
         return None
 
     def _retire(self, member: Member, reason: Reason, now: float) -> None:
@@ -418,14 +441,14 @@ class Pool:
         if now < self._system.until:
             return []
         found: list[Order] = []
-        for slot, generation in self._wanted_spawns():
+        for slot, generation, need in self._wanted_spawns():
             backoff = self._slots.get(slot)
             if backoff is None or now >= backoff.until:
-                found.append(Spawn(slot, generation))
+                found.append(Spawn(slot, generation, need))
         return found
 
-    def _wanted_spawns(self) -> Iterator[tuple[int, int]]:
-        """Which slot should get a worker of which generation, whether or not it may have one yet."""
+    def _wanted_spawns(self) -> Iterator[tuple[int, int, Need]]:
+        """Which slot should get a worker of which generation, and why, whether or not it may have one yet."""
         # Before anybody was ever ready those who leave are waited for: perhaps their boot has failed.
         here = self.serving if self._ever_ready else self.members.values()
         proven = [m for m in here if m.generation != self.candidate]
@@ -438,13 +461,14 @@ class Pool:
         else:
             more = self.size - sum(map(self._fresh, proven)) - lost
         more = max(0, min(more, surge - lost))
-        wanted = [self.generation] * lost + [self.goal] * more
+        extra = Need.REPLACEMENT if self.candidate is None else Need.CANDIDATE
+        wanted = [(self.generation, Need.MISSING)] * lost + [(self.goal, extra)] * more
         taken = {m.slot for m in self.members.values()}
         free = (slot for slot in itertools.count() if slot not in taken)
-        for slot, generation in zip(free, wanted, strict=False):
+        for slot, (generation, need) in zip(free, wanted, strict=False):
             # Before anybody was ever ready, a slot that failed has said all it can say, but for the next generation.
             if self._ever_ready or slot not in self._slots or generation == self.candidate:
-                yield slot, generation
+                yield slot, generation, need
 
     # -- reload ----------------------------------------------------------------------------------------------------
 

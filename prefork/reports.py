@@ -45,6 +45,8 @@ class WorkerExit:
         Seconds from its fork to its end.
     detail
         What it said last: the traceback of a failed boot, the stacks of all threads of a hang or a crash.
+    why
+        The reason in the worker's own words, where it asked to leave: `max_memory: 312.4 MiB of 300.0 MiB`.
     """
 
     slot: int
@@ -58,9 +60,12 @@ class WorkerExit:
     memory: int | None
     uptime: float
     detail: str = ""
+    why: str = ""
 
     def __str__(self) -> str:
         parts = [f"worker {self.slot} (pid {self.pid}, generation {self.generation}) left: {self.reason.value}"]
+        if self.why:
+            parts.append(f" ({self.why})")
         if self.status is None:
             parts.append(", exit status unknown (reaped by somebody else)")
         elif self.status < 0:

@@ -296,7 +296,8 @@ class Service:
             hand.link.read()
             status, memory = ended
             reason = Reason.STOPPED if status == 0 else Reason.EXITED
-            report = crew.report_of(hand, self._board, reason, status, memory)
+            now = time.monotonic()
+            report = hand.report(self._board.read(hand.slot, now), reason, status, memory, now)
             if status:
                 crew.log_exit(report)
             self._singles.remove(hand)

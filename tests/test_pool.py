@@ -5,7 +5,7 @@ import random
 import pytest
 
 from prefork.options import MAX_WORKERS, Options
-from prefork.pool import Abort, Kill, Member, News, Order, Pool, Quit, Retire, Spawn
+from prefork.pool import Abort, Kill, Member, Need, News, Order, Pool, Quit, Retire, Spawn
 from prefork.reports import Reason
 from prefork.states import State, Stop
 
@@ -40,8 +40,10 @@ class Bench:
             self.pool.booted(pid, self.now)
 
     def exit(self, *pids: int, crashed: bool = False, served: bool = False) -> Member:
+        """By themselves (`crashed`), as ordered, or killed from outside."""
         for pid in pids:
-            member = self.pool.exited(pid, self.now, crashed=crashed, served=served)
+            asked = self.pool.members[pid].state is State.RETIRING
+            member = self.pool.exited(pid, self.now, status=1 if crashed else 0 if asked else -9, served=served)
         return member
 
     def wait(self) -> float:
@@ -443,6 +445,23 @@ def test_orders_are_repeated_until_understood() -> None:
     assert gaps == [0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5]
     bench.pool.understood(2, bench.now)
     assert bench.wait() > 20.0
+
+
+def test_why_a_worker_left() -> None:
+    """Its own words count where it is recycled for them, and are dropped where it leaves for another reason."""
+    bench = Bench(2)
+    bench.pool.wear_out(1, "max_requests: 3 of 3")
+    (spawn,) = bench.look()
+    assert isinstance(spawn, Spawn) and spawn.reason is Need.REPLACEMENT
+    bench.boot(3)
+    (retire,) = bench.look()
+    assert isinstance(retire, Retire) and (retire.pid, retire.reason) == (1, Reason.RECYCLED)
+    assert (bench.exit(1).reason, bench.exit(2).reason) == (Reason.RECYCLED, Reason.KILLED)
+    bench = Bench(1)
+    bench.pool.wear_out(1, "max_requests: 3 of 3")
+    bench.pool.stop(Stop.GRACEFUL, bench.now)
+    member = bench.exit(1)
+    assert (member.reason, member.why) == (Reason.STOPPED, "")
 
 
 @pytest.mark.parametrize("heard", [False, True])

@@ -128,7 +128,7 @@ class World:
         process = self.processes.pop(pid)
         generation, ready = self.pool.generation, self.pool.ready
         was_ready = pid in {m.pid for m in ready}
-        member = self.pool.exited(pid, self.now, crashed=crashed, served=served and process.was_ready)
+        member = self.pool.exited(pid, self.now, status=1 if crashed else -9, served=served and process.was_ready)
         assert member.state is State.GONE and member.reason is not None
         if not was_ready or crashed:
             self.failed_at = self.now

@@ -24,6 +24,12 @@ def test_the_line_of_a_hang() -> None:
     )
 
 
+def test_the_line_of_a_recycling() -> None:
+    """Which limit was reached, or what the application wished, stands beside the reason."""
+    report = replace(PLAIN, reason=Reason.RECYCLED, why="max_requests: 12 of 12")
+    assert " left: it was recycled (max_requests: 12 of 12); 12 requests" in str(report)
+
+
 @pytest.mark.parametrize(
     ("reason", "status", "part"),
     [

@@ -255,13 +255,14 @@ class Worker:
         if self._worn:
             return
         if self._recycle_after and count >= self._recycle_after:
-            self.recycle("max_requests")
+            self.recycle(f"max_requests: {count} of {self._recycle_after}")
         if self.options.max_memory and now >= self._memory_at:
             # Memory grows only while requests are served: it is looked at then, at most twice a second, and never when
             # idle.
             self._memory_at = now + 0.5
-            if own_memory() > self.options.max_memory:
-                self.recycle("max_memory")
+            used, limit = own_memory(), self.options.max_memory
+            if used > limit:
+                self.recycle(f"max_memory: {used / 1048576:.1f} MiB of {limit / 1048576:.1f} MiB")
 
     def _say_threads(self, number: int) -> None:
         """So many may keep the main thread from the interpreter when a signal comes: the master waits longer for it."""
