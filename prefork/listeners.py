@@ -174,32 +174,48 @@ class Listener:
     def revive(self) -> None:
         """Listen again after a shutdown() of somebody else's, for the workers that are forked from now on.
 
-        TCP listens again on the same socket. A Unix socket is bound anew on its path and put in the place of the old.
+        TCP listens again on the same socket. The others cannot: a new socket is bound and put in the place of the old.
 
         Raises
         ------
         OSError
-            The system refuses it, as it does for UDP.
+            The system refuses it.
         """
-        if not self.unix:
-            with contextlib.suppress(OSError):  # EINVAL: it still has its port, as one has that was chosen by number
-                self.socket.bind(self._servers.getsockname())
+        address = self.socket.getsockname()
+        if self.stream and not self.unix:
+            with contextlib.suppress(OSError):  # EINVAL: it has kept its port, as one has that was chosen by number
+                self.socket.bind(address)
             self.socket.listen(self._backlog)
             return
-        path = self.socket.getsockname()
-        former = os.stat(path)
         with socket.socket(self.socket.family, self.socket.type) as fresh:
-            with permissions(stat.S_IMODE(former.st_mode)):
-                os.unlink(path)
-                fresh.bind(path)
+            if self.unix:
+                self._bind_path(fresh, address)
+            else:
+                self._bind_beside(fresh, address)
             if self.stream:
                 fresh.listen(self._backlog)
-            if self._claim is not None:
-                self._claim.bound()
-            os.chown(path, former.st_uid, former.st_gid)
             fresh.setblocking(os.get_blocking(self.socket.fileno()))
             for each in (self.socket, self._servers):
                 os.dup2(fresh.fileno(), each.fileno(), inheritable=False)
+
+    def _bind_path(self, fresh: socket.socket, path: str) -> None:
+        """With the mode and the owner of the file that it replaces."""
+        former = os.stat(path)
+        with permissions(stat.S_IMODE(former.st_mode)):
+            os.unlink(path)
+            fresh.bind(path)
+        if self._claim is not None:
+            self._claim.bound()
+        os.chown(path, former.st_uid, former.st_gid)
+
+    def _bind_beside(self, fresh: socket.socket, address: object) -> None:
+        """Where workers still have the old socket, which are about to end."""
+        options = socket.SOL_SOCKET, socket.SO_REUSEADDR
+        former = self.socket.getsockopt(*options)
+        for each in (self.socket, fresh):
+            each.setsockopt(*options, 1)
+        fresh.bind(address)  # type: ignore[arg-type]
+        fresh.setsockopt(*options, former)
 
 
 def _backlog(sock: socket.socket) -> int:

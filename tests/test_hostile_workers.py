@@ -127,6 +127,45 @@ def test_a_listener_that_was_shut_down_is_opened_again(start: Start, kind: str, 
     program.finish()
 
 
+@pytest.mark.parametrize("kind", ["udp", "unixgram"])
+@pytest.mark.parametrize("workers", ["sync", "thread"])
+def test_a_socket_of_datagrams_that_was_shut_down_is_opened_again(start: Start, kind: str, workers: str) -> None:
+    """The same where datagrams are received: nobody spins on a socket that has nothing to give any more."""
+    body = f"""
+    class Shuts(prefork.DatagramRequestHandler):
+        def handle(self):
+            identity, _, order = self.rfile.readline().decode().strip().partition(" ")
+            self.wfile.write(f"{{os.getpid()}}:{{identity}}:done\\n".encode())
+            if order == "shut":
+                super().finish()
+                try:
+                    self.server.worker.servers[0].socket.shutdown(socket.SHUT_RD)
+                except OSError:
+                    pass  # ENOTCONN, and it is shut down
+
+        def finish(self):
+            if self.wfile.getvalue().count(b"done") and not self.packet.endswith(b"shut\\n"):
+                super().finish()
+
+    class Server(prefork.{"PreforkUDPServer" if kind == "udp" else "PreforkUnixDatagramServer"}):
+        workers = 2
+        worker_class = "{workers}"
+
+    with Server({'("127.0.0.1", 0)' if kind == "udp" else 'str(RUN / "socket")'}, Shuts) as server:
+        server.serve_forever()
+    """
+    program = launch(start, body, allow=[patterns.TRACEBACK, patterns.HANDLER_ERROR]).ready()
+    program.wait_ready(2)
+    for number in range(1, 3):
+        ask(program.address, "shut")
+        program.wait_for("was shut down by a worker or the program; it is open again", number=number)
+        program.wait_ready(2)
+        for _ in range(10):
+            ask(program.address)
+    assert program.stop().code == 0
+    program.finish()
+
+
 FULL = """
 import errno
 

@@ -47,6 +47,7 @@ ROOM = 0.002  # seconds between two looks whether a client has made room for an 
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
 _BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 _LAST_LOOK = 32  # connections that a leaving worker may still take from each listener that it polls
+_RDHUP = getattr(select, "POLLRDHUP", 0)
 _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
 
 
@@ -303,8 +304,8 @@ def _is_local(server: Any) -> bool:
 
 def _is_shut(fd: int) -> bool:
     poll = select.poll()
-    poll.register(fd, 0)
-    return any(events & select.POLLHUP for _, events in poll.poll(0))
+    poll.register(fd, _RDHUP)
+    return any(events & (select.POLLHUP | _RDHUP) for _, events in poll.poll(0))
 
 
 def stock(server: Any) -> bool:
@@ -376,8 +377,9 @@ def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
 
         def plain() -> tuple[Any, Any]:
             data, peer = receive(server.max_packet_size)
-            if local and not data and not peer and board.pool_drains:
-                raise BlockingIOError(errno.EAGAIN, "shut down")  # what SHUT_RD makes of a waiting recvfrom
+            if not (peer or data) and (not local or _is_shut(answers.fileno())):
+                # What SHUT_RD makes of a recvfrom: it is the master's where the whole pool stops.
+                raise OSError(errno.EAGAIN if board.pool_drains else errno.EINVAL, "the listener was shut down")
             return (data, answers), peer
 
         return plain
