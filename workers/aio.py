@@ -13,7 +13,7 @@ import prefork.workers.coroutines as coroutines
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.gate import Gate
-from prefork.workers.loop import LoopWorker, bared
+from prefork.workers.loop import TURN, LoopWorker, bared
 
 log = logging.getLogger("prefork")
 
@@ -105,9 +105,10 @@ class AsyncioWorker(LoopWorker):
         self._gate.watch()
         try:
             await self._gate.over
-            await self._take_rest()
-            while self._tasks:
-                await asyncio.wait(self._tasks)
+            if not self.quitting:
+                await self._take_rest()
+            while self._tasks and not self.quitting:  # `teardown()` cancels what is left in a hurry
+                await asyncio.wait(self._tasks, timeout=TURN)
         finally:
             self._turning = False
             self._gate.discard()

@@ -24,11 +24,9 @@ from typing import Any
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL
 from prefork.workers.gate import Gate
-from prefork.workers.loop import LoopWorker, bared
+from prefork.workers.loop import TURN, LoopWorker, bared
 
 log = logging.getLogger("prefork")
-
-TURN = 0.02  # seconds between two looks of a worker that leaves
 
 
 class ASGIWorker(LoopWorker):
@@ -175,14 +173,15 @@ class ASGIWorker(LoopWorker):
     # -- leaving ---------------------------------------------------------------------------------------------------
 
     async def _empty(self) -> None:
-        """Take what is to be taken, and have every connection end, none with a request on its way."""
+        """Take what is to be taken, and have every connection end, none with a request on its way; in a hurry at once,
+        whatever is on its way."""
         for site in self._sites.values():
             site.closing = True
         patience = self.options.graceful_timeout
         end = self._left_at + patience - min(self.farewell, patience / 10)
         told: set[Any] = set()
         first = True
-        while True:
+        while not self.quitting:
             left = self._look_again() if first or self.pool_drains else False
             first = False
             self._dismiss(told)
@@ -192,6 +191,8 @@ class ASGIWorker(LoopWorker):
                 await self._give_up()
                 return
             await asyncio.sleep(TURN)
+        for one in list(self._connections):
+            one.transport.abort()  # to close it would wait for a client that is slow to take its last answer
 
     def _look_again(self) -> bool:
         """No wake-up may be lost that the kernel gave to this worker alone, and when the whole pool stops the queue is
@@ -222,8 +223,6 @@ class ASGIWorker(LoopWorker):
                     one.shutdown()  # 1012: the service restarts
             elif not site.is_between(one):
                 one.shutdown()  # when it has replied
-            elif self.quitting:
-                one.shutdown()
             elif site.has_begun(one):
                 if monotonic() - self._left_at > max(self.linger, self.options.keepalive_timeout):
                     one.shutdown()

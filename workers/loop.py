@@ -20,6 +20,7 @@ from prefork.workers.share import Share
 
 log = logging.getLogger("prefork")
 
+TURN = 0.02  # seconds between two looks of a worker that leaves
 CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was interrupted
 HANDSHAKE = 10.0  # seconds that a client has for the beginning of TLS
 SHUTDOWN = 5.0  # and for its end: one that does not answer holds its connection, and a stop, for so long

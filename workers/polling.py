@@ -110,8 +110,9 @@ class PollingWorker(Limits, Worker):
             while not self.draining:
                 self.turn()
             self._stop_accepting(NEVER)
-            for fd in acceptor.fds:
-                self._take_last(fd, acceptor.last_look())
+            if not self.quitting:
+                for fd in acceptor.fds:
+                    self._take_last(fd, acceptor.last_look())
             self._see_out()
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -240,7 +241,8 @@ class PollingWorker(Limits, Worker):
     def _see_out(self) -> None:
         """Nothing new is accepted any more: every client gets the answer to what it has sent, and is let go.
 
-        One that was active a moment ago may have sent its next request: it has a moment more.
+        One that was active a moment ago may have sent its next request: it has a moment more. In a hurry nobody has:
+        whoever is not served at this moment is cut off.
         """
         self._tick, self._tick_at = _LEAVING_TICK, 0.0
         with self._giving:
@@ -251,7 +253,7 @@ class PollingWorker(Limits, Worker):
                     one.deadline += self.LAST_WORD - self.LINGER
             self._patience |= {IDLE: self.LAST_WORD, LINGER: self.LAST_WORD}
         self._wait_out()
-        while self._given_back():
+        while not self.quitting and self._given_back():
             self._wait_out()
 
     def _given_back(self) -> bool:
@@ -263,8 +265,12 @@ class PollingWorker(Limits, Worker):
         return bool(self._waiting())
 
     def _wait_out(self) -> None:
-        while self._waiting():
-            self.turn()
+        while waiting := self._waiting():
+            if self.quitting:
+                for connection in waiting:
+                    self.close(connection)
+            else:
+                self.turn()
 
     # -- a connection that waits -----------------------------------------------------------------------------------
 
