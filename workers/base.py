@@ -8,6 +8,8 @@ request that is past its deadline.
 
 import contextlib
 import faulthandler
+import logging
+import math
 import os
 import random
 import signal
@@ -30,6 +32,8 @@ from prefork.states import Phase
 from prefork.workers.accept import Acceptor, Taken
 from prefork.workers.child import INTERRUPT, Seat, exit_code, own_memory, reopen_logs, set_title
 from prefork.workers.request import Request, Requests
+
+log = logging.getLogger("prefork")
 
 UNKNOWN_THREADS = 16  # of a server that makes them itself
 
@@ -260,9 +264,15 @@ class Worker:
             # Memory grows only while requests are served: it is looked at then, at most twice a second, and never when
             # idle.
             self._memory_at = now + 0.5
-            used, limit = own_memory(), self.options.max_memory
-            if used > limit:
-                self.recycle(f"max_memory: {used / 1048576:.1f} MiB of {limit / 1048576:.1f} MiB")
+            limit = self.options.max_memory
+            try:
+                memory = own_memory()
+            except Exception as error:  # it is no fault of the request that was just served
+                self._memory_at = math.inf
+                log.warning("worker %d: max_memory has no effect; its memory cannot be told: %s", self.slot, error)
+                return
+            if memory > limit:
+                self.recycle(f"max_memory: {memory / 1048576:.1f} MiB of {limit / 1048576:.1f} MiB")
 
     def _say_threads(self, number: int) -> None:
         """So many may keep the main thread from the interpreter when a signal comes: the master waits longer for it."""

@@ -10,7 +10,7 @@ import re
 import select
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import time
 from types import TracebackType
 from typing import Any, Protocol
@@ -98,15 +98,17 @@ class Response(Request):
     """A request and the answer to it, in one object: a second one would cost a twentieth of all that a request does.
 
     `begun`: its head has been sent. `kept`: the connection can be used again; known once it has begun. `sent`: bytes of
-    the body. `excess`: the application gave more of it than its Content-Length.
+    the body. `excess`: the application gave more of it than its Content-Length. `whole`: the kernel has all of it, and
+    nothing that goes wrong afterwards may undo it.
     """
 
     __slots__ = (
-        *("begun", "excess", "kept", "sent", "status", "_bare", "_chunked", "_connection", "_host", "_length"),
-        *("_lines", "_own", "_plain"),
+        *("begun", "excess", "kept", "sent", "status", "whole", "_bare", "_chunked", "_connection", "_host"),
+        *("_length", "_lines", "_own", "_plain"),
     )
 
     status: str
+    whole: bool
     _connection: Connection
     _host: Host
 
@@ -121,7 +123,7 @@ class Response(Request):
             one._connection, one._host = connection, host
             one.environ, one.method, one.target, one.keep, one.http11 = environ, method, target, keep, http11
             one.body, one.complete = NO_BODY, True
-            one.begun = one.kept = one._plain = False
+            one.begun = one.kept = one.whole = one._plain = False
             one.status, one.sent = "", 0
             return one
 
@@ -170,6 +172,7 @@ class Response(Request):
         if self._head_only():
             if not self.begun:
                 self._send(self._begin(-1))
+                self.whole = True
             return
         size, length = len(data), self._length
         if 0 <= length < self.sent + size:
@@ -188,6 +191,7 @@ class Response(Request):
             self._send(b"%x\r\n" % size, data, b"\r\n")
         else:
             self._send(b"", data)
+        self.whole = self.sent == length
 
     # -- what the worker calls -------------------------------------------------------------------------------------
 
@@ -203,9 +207,7 @@ class Response(Request):
         try:
             if kind is FileWrapper and self._send_file(result):
                 return
-            for data in result:
-                self.write(data)
-            self._end()
+            self._send_parts(result)
         finally:
             if hasattr(result, "close"):
                 result.close()
@@ -224,6 +226,7 @@ class Response(Request):
             head += body
             self.sent = len(body)
         self._send(head)
+        self.whole = True
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -250,6 +253,7 @@ class Response(Request):
         self.begun, self.kept, self.sent = True, kept, size
         # With nothing to close nothing delays the end of the stream, which may then share its segment.
         self._push(b"".join(lines), DONTWAIT if kept else MORE)
+        self.whole = True
         return True
 
     def _may_keep(self) -> bool:
@@ -265,13 +269,18 @@ class Response(Request):
             if self._length < 0 and not self._bare and size:
                 self._length = size
                 self._lines.append(b"Content-Length: %d\r\n" % size)
-            for data in parts:
-                self.write(data)
-            self._end()
+            self._send_parts(parts)
             return
         self.sent = size
         head = self._begin(size)
         self._push(head + b"".join(parts), DONTWAIT if self.kept else MORE)
+        self.whole = True
+
+    def _send_parts(self, parts: Iterable[bytes]) -> None:
+        """Iterate, and send what is given."""
+        for data in parts:
+            self.write(data)
+        self._end()
 
     def _begin(self, size: int) -> bytes:
         """The head, complete. `size` is that of the whole body where it is known, else -1."""
@@ -307,11 +316,18 @@ class Response(Request):
             self._send(self._begin(-1 if head_only else 0))
         elif self._chunked:
             self._send(b"0\r\n\r\n")
-        if self.sent < self._length and not head_only:
+        self.whole = head_only or self.sent >= self._length
+        if not self.whole:
             self.kept = False
             log.error("the application gave %d bytes of a body of %d; its client is let go", self.sent, self._length)
         elif self.excess:
             log.error("the application gave more than its Content-Length of %d bytes; that is left out", self._length)
+
+    def _lost(self, why: object) -> Gone:
+        """The client does not get all of the answer, whatever the application makes of this exception."""
+        self.kept = False
+        self._connection.broken = not self.whole
+        return Gone(str(why))
 
     def _send_file(self, wrapper: FileWrapper) -> bool:
         """Whether the kernel could send the file."""
@@ -335,7 +351,7 @@ class Response(Request):
                 self._wait()
                 continue
             except OSError as error:
-                raise Gone(str(error)) from error
+                raise self._lost(error) from error
             if not count:
                 break  # it was truncated meanwhile
             self.sent += count
@@ -363,7 +379,7 @@ class Response(Request):
         except BlockingIOError:
             count = 0
         except OSError as error:
-            raise Gone(str(error)) from error
+            raise self._lost(error) from error
         view = memoryview(data)[count:]
         while view:
             self._wait()
@@ -372,14 +388,14 @@ class Response(Request):
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise Gone(str(error)) from error
+                raise self._lost(error) from error
 
     def _wait(self) -> None:
         """Until the client takes more."""
         poll = select.poll()
         poll.register(self._connection.sock, select.POLLOUT)
         if not poll.poll(self._connection.site.limits.SEND_TIMEOUT * 1000):
-            raise Gone("the client took nothing for too long")
+            raise self._lost("the client took nothing for too long")
 
 
 def _check_bytes(part: bytes) -> None:

@@ -108,7 +108,7 @@ class WSGIWorker(PollingWorker):
             except BaseException as error:
                 self._failed(connection, request, error)
             if self._access:
-                self._access.write(connection, request)
+                self._log_access(connection, request)
             if self._disowned:
                 raise SystemExit  # a process that the application has forked shares with the worker what this waits for
             if not request.kept:
@@ -164,30 +164,41 @@ class WSGIWorker(PollingWorker):
                     self._look(count, end)
         return True
 
+    def _log_access(self, connection: Connection, request: Response) -> None:
+        """Its failure is not the client's: a filter of the program, or what the application has left in the environ."""
+        assert self._access is not None
+        try:
+            self._access.write(connection, request)
+        except Exception:
+            log.exception("worker %d: the access log has failed", self.slot)
+
     def _failed(self, connection: Connection, request: Response, error: BaseException) -> None:
-        """It came to no answer. The client is told so if nothing was sent, and else by the connection's end."""
-        request.kept = False
+        """It came to no answer: the client is told so if nothing was sent, and else by the connection's end. Or it
+        failed after its answer, which stays what it is."""
         if isinstance(error, Gone):
-            connection.broken = True
             return
         if not isinstance(error, Exception):
+            request.kept = False
             if not self._disowned:  # else it is the end of a process that the application has forked
-                connection.broken = request.begun
+                connection.broken = request.begun and not request.whole
                 self._tell(request, 500)
                 if self._access:
-                    self._access.write(connection, request)
+                    self._log_access(connection, request)
                 self._let_go(connection, request)
             raise error
         if connection.fault and not request.complete:
             status = connection.fault  # it could not have its body
         else:
             status = 503 if isinstance(error, RequestTimeout) else 500
+            when = "after its answer at" if request.whole else "at"
             what = f"{request.method} {request.target.decode('latin-1')}"
-            log.error("worker %d: the application raised at %s", self.slot, what, exc_info=error)
+            log.error("worker %d: the application raised %s %s", self.slot, when, what, exc_info=error)
         if self._disowned:
             raise SystemExit(1)  # a process that the application has forked: the client is its parent's
-        connection.broken = request.begun
-        self._tell(request, status)
+        if not request.whole:
+            request.kept = False
+            connection.broken = connection.broken or request.begun
+            self._tell(request, status)
 
     def _tell(self, request: Response, status: int) -> None:
         if not request.begun:

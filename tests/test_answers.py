@@ -1,0 +1,221 @@
+"""The worker class `wsgi`: an answer that is complete stays complete."""
+
+import socket
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from programs2.scripts import Start, path_of_modules
+from support import Program, patterns, until
+from support.web import Web
+
+pytestmark = pytest.mark.timeout(60)
+
+SIZE = 8 * 65536
+TROUBLE = [patterns.TRACEBACK]
+
+APP = '''
+import itertools, sys
+from kit import *
+
+class Parts:
+    """An iterable of `number` parts of 64 KiB, each of which is noted, with an end of its own."""
+
+    def __init__(self, number, close=None, then=None):
+        self.number, self.then = number, then
+        self.end = close or (lambda: None)
+
+    def __iter__(self):
+        for number in range(self.number) if self.number else itertools.count():
+            note(f"part {number}")
+            yield b"x" * 65536
+        if self.then:
+            self.then()
+
+    def close(self):
+        note("closed")
+        self.end()
+
+class File:
+    """A file whose close() fails."""
+
+    def __init__(self, name):
+        self.file = open(name, "rb")
+        self.fileno, self.tell, self.read = self.file.fileno, self.file.tell, self.file.read
+
+    def close(self):
+        self.file.close()
+        trouble()
+
+def trouble():
+    raise ValueError("ordered trouble")
+
+class Odd:
+    def __str__(self):
+        trouble()
+
+def endless(start_response, status, headers):
+    """An application that is a generator."""
+    start_response(status, headers)
+    try:
+        for number in itertools.count():
+            note(f"part {number}")
+            yield b"x" * 65536
+    finally:
+        note("closed")
+
+def app(environ, start_response):
+    word, _, rest = environ["PATH_INFO"][1:].partition("/")
+    length = [("Content-Length", str(8 * 65536))]
+    match word:
+        case "close":
+            start_response("200 OK", length)
+            return Parts(8, trouble)
+        case "close-chunks":
+            start_response("200 OK", [])
+            return Parts(8, trouble)
+        case "close-file":
+            (HOME / "file").write_bytes(b"x" * 8 * 65536)
+            start_response("200 OK", length)
+            return environ["wsgi.file_wrapper"](File("file"))
+        case "then":
+            start_response("200 OK", length)
+            return Parts(8, then=trouble)
+        case "hang":
+            start_response("200 OK", length)
+            return Parts(8, lambda: linger(30))
+        case "exit":
+            start_response("200 OK", length)
+            return Parts(8, lambda: sys.exit(3))
+        case "odd":
+            environ["HTTP_REFERER"] = Odd()
+        case "more":
+            start_response("200 OK", length)
+            return Parts(0)
+        case "endless":
+            start_response(rest or "200 OK", [])
+            return Parts(0)
+        case "generator":
+            return endless(start_response, rest or "200 OK", [])
+        case "writes":
+            write = start_response(rest or "200 OK", [])
+            try:
+                for number in itertools.count():
+                    write(b"x" * 65536)
+            finally:
+                note("closed")
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+'''
+
+
+def serve(start: Start, *flags: object, **options: Any) -> Program:
+    argv = ["app:app", "-b", "tcp://127.0.0.1:0", "--worker-class", "wsgi", *flags]
+    program: Program = start("prefork", *argv, files={"app.py": APP}, env=path_of_modules(), **options)
+    return program.ready()
+
+
+def slow(program: Program, stack: ExitStack) -> Web:
+    """A client with a small window."""
+    sock = socket.socket()
+    client = stack.enter_context(Web(program.address))
+    client.sock.close()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(10)
+    sock.connect(program.address.target)
+    client.sock = sock
+    return client
+
+
+# -- complete ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("path", ["/close", "/close-chunks", "/close-file", "/then"])
+def test_a_complete_answer_arrives(start: Start, path: str, threads: int) -> None:
+    """Whatever an application raises after the last byte of its answer, a slow client has all of the answer, the
+    connection is kept, and the error is logged."""
+    program = serve(start, "-w", 1, "--threads", threads, allow=TROUBLE)
+    with ExitStack() as stack:
+        client = slow(program, stack)
+        assert len(client.get(path).body) == SIZE
+        assert client.get("/").body == b"ok"
+        last = slow(program, stack)
+        assert len(last.get(path, "Connection: close").body) == SIZE
+        assert last.rest() == b""
+    assert program.log.count(f"the application raised after its answer at GET {path}") == 2
+    assert program.log.count("ValueError: ordered trouble") == 2
+    program.finish()
+
+
+def test_a_late_end_does_not_undo_an_answer(start: Start) -> None:
+    """An application that is interrupted, or ends its worker, after its answer has been answered with."""
+    program = serve(start, "-w", 1, "--request-timeout", 0.3, allow=TROUBLE)
+    (worker,) = program.wait_ready(1)
+    with ExitStack() as stack:
+        client = slow(program, stack)
+        assert len(client.get("/hang").body) == SIZE
+        assert client.get("/").body == b"ok"
+        assert "RequestTimeout" in program.log
+        client = slow(program, stack)
+        assert len(client.get("/exit").body) == SIZE
+        assert client.rest() == b""
+    program.wait_ready(1, without=[worker])
+    program.finish()
+
+
+def test_an_access_log_that_fails(start: Start) -> None:
+    """An application whose environ cannot be written to the access log is answered for like any other."""
+    program = serve(start, "-w", 1, "--access-log", "access.log", allow=TROUBLE)
+    (worker,) = program.wait_ready(1)
+    with Web(program.address) as client:
+        assert [client.get(path).body for path in ("/odd", "/", "/odd", "/")] == [b"ok"] * 4
+    assert program.wait_ready(1) == [worker]
+    log = program.work / "access.log"
+    until(lambda: log.read_text().count('"GET / HTTP/1.1" 200') == 2, 5, "both others are written")
+    assert program.log.count("the access log has failed") == 2
+    program.finish()
+
+
+MEMORY = """
+import psutil
+from kit import *
+
+psutil.PROCFS_PATH = "/nowhere"
+
+def wsgi(environ, start_response):
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+
+async def asgi(scope, receive, send):
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+class Coroutine(prefork.AsyncStreamRequestHandler):
+    async def handle(self):
+        await self.reader.readline()
+        self.writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok")
+
+class Plain(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok")
+"""
+KINDS = {"sync": "Plain", "thread": "Plain", "asyncio": "Coroutine", "wsgi": "wsgi", "asgi": "asgi"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_cannot_be_told(start: Start, kind: str) -> None:
+    """Where a worker cannot find out how much memory it has, it says so once, serves, and lives."""
+    argv = [f"app:{KINDS[kind]}", "-b", "tcp://127.0.0.1:0", "--worker-class", kind, "-w", 1, "--max-memory", "1G"]
+    program = start("prefork", *argv, files={"app.py": MEMORY}, env=path_of_modules()).ready()
+    workers = program.wait_ready(1)
+    for _ in range(3):
+        with Web(program.address) as client:
+            assert client.get("/", "Connection: close").body == b"ok"
+    program.wait_for("max_memory has no effect")
+    assert program.wait_ready(1) == workers
+    program.finish()
+    assert program.log.count("max_memory has no effect") == 1
