@@ -185,6 +185,13 @@ def readable(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
+def has_ended(fd: int) -> bool:
+    """Whether the other end of a connection will send nothing more (Linux), whatever of it is still to be read."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> int:
     """Fork a child that runs `main(unblock)` and exits with the code it returns. Returns its pid.
 

@@ -1,4 +1,4 @@
-"""The worker class `wsgi`: an answer that is complete stays complete."""
+"""The worker class `wsgi`: a complete answer stays complete, and one that has no body is not iterated for one."""
 
 import socket
 from contextlib import ExitStack
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Start, path_of_modules
-from support import Program, patterns, until
+from programs2.scripts import Notes, Start, noted, path_of_modules
+from support import Program, patterns, until, within
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)
@@ -219,3 +219,62 @@ def test_memory_that_cannot_be_told(start: Start, kind: str) -> None:
     assert program.wait_ready(1) == workers
     program.finish()
     assert program.log.count("max_memory has no effect") == 1
+
+
+# -- without a body ----------------------------------------------------------------------------------------------------
+
+BARE = {
+    "HEAD": ("HEAD", "/endless"),
+    "204": ("GET", "/endless/204 No Content"),
+    "304": ("GET", "/endless/304 Not Modified"),
+}
+LATE = {name: (method, path.replace("endless", "generator")) for name, (method, path) in BARE.items()}
+WRITTEN = {name: (method, path.replace("endless", "writes")) for name, (method, path) in BARE.items()}
+
+
+def take_heads(program: Program, notes: Notes, method: str, path: str, clients: int) -> None:
+    """Each client gets its head and then leaves; its application is told so."""
+    for number in range(len(notes("closed")), len(notes("closed")) + clients):
+        with Web(program.address) as client:
+            answer = client.get(path.replace(" ", "%20"), method=method)
+            assert (answer.body, answer.chunked) == (b"", False)
+        noted(notes, "closed", number + 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", BARE)
+def test_no_body_is_not_iterated_for(start: Start, notes: Notes, name: str, threads: int) -> None:
+    """HEAD, 204 and 304 take no part of an iterable without end, and the first part of a generator that calls
+    start_response() only then. Each is closed, nobody is held, and a stop is prompt."""
+    program = serve(start, "-w", 2, "--threads", threads)
+    take_heads(program, notes, *BARE[name], clients=4)
+    assert notes("part") == []
+    take_heads(program, notes, *LATE[name], clients=4)
+    assert notes("part") == ["0"] * 4
+    with Web(program.address) as client:
+        method, path = BARE[name]
+        for _ in range(3):
+            client.get(path.replace(" ", "%20"), method=method)
+        assert client.get("/").body == b"ok"
+    within(program.stop().seconds, 1)
+    program.finish()
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_write_without_a_body(start: Start, notes: Notes, name: str) -> None:
+    """An application that calls write() for ever, for an answer that has no body, is told when its client has left."""
+    program = serve(start, "-w", 1)
+    take_heads(program, notes, *WRITTEN[name], clients=2)
+    within(program.stop().seconds, 1)
+    program.finish()
+
+
+def test_more_than_its_length(start: Start, notes: Notes) -> None:
+    """An iterable without end, in an answer that has one, is asked for one part more at most."""
+    program = serve(start, "-w", 1)
+    with Web(program.address) as client:
+        assert len(client.get("/more").body) == SIZE
+        assert client.get("/").body == b"ok"
+    assert notes("part") == [str(number) for number in range(9)]
+    assert "more than its Content-Length" in program.log
+    program.finish()

@@ -264,7 +264,7 @@ class Filter:
         fd, one = next(iter(self._waiting.items()))
         self._remove(fd)
         server, request, peer = one.taken
-        if self._is_there(one.taken, one.check) or _has_ended(fd):
+        if self._is_there(one.taken, one.check) or processes.has_ended(fd):
             return one.taken
         try:
             server.shutdown_request(request)
@@ -327,10 +327,3 @@ def _can_peek(request: Any) -> bool:
     return type(request) is socket.socket or (
         isinstance(request, socket.socket) and not hasattr(request, "do_handshake")
     )
-
-
-def _has_ended(fd: int) -> bool:
-    """Whether nothing more will come from it."""
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return bool(poll.poll(0))

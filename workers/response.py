@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol
 from wsgiref.handlers import format_date_time
 
+import prefork.processes as processes
 from prefork.workers.http import DONTWAIT, FAULTS, NO_BODY, Connection, Request
 
 log = logging.getLogger("prefork")
@@ -169,18 +170,18 @@ class Response(Request):
         _check_bytes(data)
         if not data:
             return
+        if self.whole:
+            self._leave_out()
+            return
         if self._head_only():
-            if not self.begun:
-                self._send(self._begin(-1))
-                self.whole = True
+            self._send(self._begin(-1))
+            self.whole = True
             return
         size, length = len(data), self._length
         if 0 <= length < self.sent + size:
             self.excess = True
             data = data[: length - self.sent]
             size = len(data)
-            if not size and self.begun:
-                return
         self.sent += size
         if not self.begun:
             head = self._begin(-1)
@@ -277,9 +278,23 @@ class Response(Request):
         self.whole = True
 
     def _send_parts(self, parts: Iterable[bytes]) -> None:
-        """Iterate, and send what is given."""
-        for data in parts:
-            self.write(data)
+        """Iterate, for as long as there is something to send: what gives parts for ever never notices otherwise that
+        nobody wants them.
+
+        Of what has no body no part is asked for, unless `start_response()` is still to be called, which the first one
+        does at the latest. After the last byte that Content-Length allows there is one more step, in which most end.
+        """
+        steps = iter(parts)
+        if not self.status:
+            for data in steps:
+                self.write(data)
+                break
+        if not self._head_only():
+            for data in steps:
+                if self.whole:
+                    self.excess = self.excess or bool(data)
+                    break
+                self.write(data)
         self._end()
 
     def _begin(self, size: int) -> bytes:
@@ -322,6 +337,13 @@ class Response(Request):
             log.error("the application gave %d bytes of a body of %d; its client is let go", self.sent, self._length)
         elif self.excess:
             log.error("the application gave more than its Content-Length of %d bytes; that is left out", self._length)
+
+    def _leave_out(self) -> None:
+        """What is written after the end of the answer. Its client may leave by then: an application that writes for
+        ever has to be told."""
+        self.excess = not self._head_only()
+        if processes.has_ended(self._connection.fd):
+            raise self._lost("the client has left")
 
     def _lost(self, why: object) -> Gone:
         """The client does not get all of the answer, whatever the application makes of this exception."""
