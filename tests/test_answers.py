@@ -1,6 +1,5 @@
 """The worker class `wsgi`: a complete answer stays complete, and one that has no body is not iterated for one."""
 
-import socket
 from contextlib import ExitStack
 from typing import Any
 
@@ -118,14 +117,7 @@ def serve(start: Start, *flags: object, **options: Any) -> Program:
 
 def slow(program: Program, stack: ExitStack) -> Web:
     """A client with a small window."""
-    sock = socket.socket()
-    client = stack.enter_context(Web(program.address))
-    client.sock.close()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.settimeout(10)
-    sock.connect(program.address.target)
-    client.sock = sock
-    return client
+    return stack.enter_context(Web(program.address, window=4096))
 
 
 # -- complete ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """A fast stop takes less than half a second in every class of workers, whatever its clients have sent or not taken."""
 
-import socket
 import ssl
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,10 +109,7 @@ def queued(address: Address) -> int:
 
 def client(address: Address, stack: ExitStack, sent: bytes, answered: bool) -> None:
     """A connection with a small window."""
-    sock = stack.enter_context(socket.socket())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.settimeout(5)
-    sock.connect(address.target)
+    sock = stack.enter_context(dial(address, window=4096))
     sock.sendall(sent)
     if answered:
         assert sock.recv(1)

@@ -4,6 +4,7 @@ The head and the first part of the body leave in one send. Where the connection 
 list, the end of the stream leaves in the same segment (MSG_MORE, then close), which saves several microseconds.
 """
 
+import io
 import logging
 import os
 import re
@@ -38,6 +39,7 @@ _names: dict[str, int] = {}
 _statuses: dict[str, tuple[bytes, bool]] = {}
 _headers: dict[tuple[str, str], tuple[int, bytes, int]] = {}
 _LEARNED = 1000
+_NAMED = {"name"}  # attributes of a file that change nothing of what its methods do
 _SHORT = 256  # bytes of a line that is remembered
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -352,15 +354,10 @@ class Response(Request):
         return Gone(str(why))
 
     def _send_file(self, wrapper: FileWrapper) -> bool:
-        """Whether the kernel could send the file."""
-        try:
-            fd, offset = wrapper.filelike.fileno(), wrapper.filelike.tell()
-            info = os.fstat(fd)
-        except (AttributeError, OSError, ValueError):
+        """Whether the kernel has sent the file. If it has not, all that is left of it is to be read."""
+        if self.begun or self._head_only() or not (found := _plain_file(wrapper.filelike)):
             return False
-        if not stat.S_ISREG(info.st_mode) or self.begun or self._head_only():
-            return False
-        size = max(0, info.st_size - offset)
+        fd, offset, size = found
         if self._length >= 0:
             size = min(size, self._length)
         sock = self._connection.sock
@@ -372,8 +369,10 @@ class Response(Request):
             except BlockingIOError:
                 self._wait()
                 continue
-            except OSError as error:
-                raise self._lost(error) from error
+            except OSError:
+                # The client's, or the file's, which this does not tell: reading and sending apart will.
+                wrapper.filelike.seek(offset + self.sent)
+                return False
             if not count:
                 break  # it was truncated meanwhile
             self.sent += count
@@ -418,6 +417,26 @@ class Response(Request):
         poll.register(self._connection.sock, select.POLLOUT)
         if not poll.poll(self._connection.site.limits.SEND_TIMEOUT * 1000):
             raise self._lost("the client took nothing for too long")
+
+
+def _plain_file(file: Any) -> tuple[int, int, int] | None:
+    """Descriptor, position and bytes to its end, of a file whose `read()` gives what the kernel would send.
+
+    Not of any object that has a `fileno()`: the one of a gzip.GzipFile is that of the compressed file, a subclass or an
+    instance may have a `read()` of its own, and a file of /proc or /sys is not as long as it says, and has no blocks.
+    """
+    kind = type(file)
+    raw = file if kind is io.FileIO else file.raw if kind in (io.BufferedReader, io.BufferedRandom) else None
+    if type(raw) is not io.FileIO or not {*vars(file), *vars(raw)} <= _NAMED:
+        return None
+    if kind is io.BufferedRandom:
+        file.flush()
+    fd = raw.fileno()
+    info = os.fstat(fd)
+    if not (stat.S_ISREG(info.st_mode) and info.st_blocks and raw.readable()):
+        return None
+    offset = file.tell()
+    return fd, offset, max(0, info.st_size - offset)
 
 
 def _check_bytes(part: bytes) -> None:

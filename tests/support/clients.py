@@ -77,11 +77,13 @@ class Reply(NamedTuple):
     seconds: float
 
 
-def dial(address: Address, timeout: float = 5.0) -> socket.socket:
-    """A connected socket."""
+def dial(address: Address, timeout: float = 5.0, window: int = 0) -> socket.socket:
+    """A connected socket. `window`: bytes that it takes before it is read from; 0: as many as the kernel likes."""
     sock = address.socket()
     try:
         sock.settimeout(timeout)
+        if window:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
         sock.connect(address.target)
     except BaseException:
         sock.close()

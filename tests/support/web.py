@@ -35,8 +35,8 @@ class Answer:
 class Web:
     """One connection."""
 
-    def __init__(self, address: Address, timeout: float = 10.0) -> None:
-        self.sock = dial(address, timeout)
+    def __init__(self, address: Address, timeout: float = 10.0, window: int = 0) -> None:
+        self.sock = dial(address, timeout, window)
         if self.sock.family != socket.AF_UNIX:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = b""
