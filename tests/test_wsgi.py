@@ -662,7 +662,7 @@ def test_date_beside_threads() -> None:
     class Watched(Clock):
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, value)
-            if getattr(self, "until", 0.0) > time.time():  # so long as this is so others take what is there
+            if getattr(self, "until", 0.0) > time.monotonic():  # so long as this is so others take what is there
                 seen.append((self.kept, self.closed, self.date))
 
     seen: list[tuple[bytes, bytes, bytes]] = []

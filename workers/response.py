@@ -12,7 +12,7 @@ import select
 import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from time import time
+from time import monotonic, time
 from types import TracebackType
 from typing import Any, Protocol
 from wsgiref.handlers import format_date_time
@@ -64,7 +64,8 @@ class FileWrapper:
 class Clock:
     """The Date header, made once a second: `look()` when it is `until`.
 
-    `kept`, `closed`: the end of nearly every head, of a connection that is kept or not.
+    `kept`, `closed`: the end of nearly every head, of a connection that is kept or not. `until` is on the monotonic
+    clock, for nobody can wait on a clock that may be set: set back, it would show the same second for as long.
     """
 
     def __init__(self, server: str) -> None:
@@ -73,12 +74,12 @@ class Clock:
         self.date = self.kept = self.closed = b""
 
     def look(self) -> None:
-        now = time()
-        if now >= self.until:
+        if (begun := monotonic()) >= self.until:
+            now = time()
             self.date = f"Date: {format_date_time(now)}\r\n".encode("latin-1")
             self.kept = self.server + self.date + b"\r\n"
             self.closed = self.server + self.date + b"Connection: close\r\n\r\n"
-            self.until = int(now) + 1  # last: other threads take what is there until then
+            self.until = begun + 1.0 - now % 1.0  # last: other threads take what is there until then
 
 
 def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
@@ -248,7 +249,7 @@ class Response(Request):
         elif self._length != size:
             return False
         clock = self._host.clock
-        if time() >= clock.until:
+        if monotonic() >= clock.until:
             clock.look()
         kept = self._may_keep()
         lines.append(clock.kept if kept else clock.closed)
