@@ -31,6 +31,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import prefork.addresses as addresses
 import prefork.processes as processes
 
 _SO_ATTACH_FILTER = 26
@@ -68,8 +69,7 @@ def name(family: int, kind: int, address: object) -> str:
         path = os.fsdecode(address) if isinstance(address, str | bytes) else str(address)
         return ("unix:" if stream else "unixgram:") + path.replace("\0", "@", 1)
     if isinstance(address, tuple) and len(address) >= 2:
-        host = f"[{address[0]}]" if ":" in str(address[0]) else address[0]
-        return f"{'tcp' if stream else 'udp'}://{host}:{address[1]}"
+        return f"{'tcp' if stream else 'udp'}://{addresses.host_port(str(address[0]), address[1])}"
     return str(address)
 
 

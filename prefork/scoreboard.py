@@ -14,6 +14,7 @@ import mmap
 from dataclasses import dataclass
 from typing import Any
 
+import prefork.addresses as addresses
 from prefork.options import MAX_WORKERS
 from prefork.states import Phase
 
@@ -63,9 +64,11 @@ class Slot:
 
     def set_peer(self, peer: object) -> None:
         """Store a client's address for people. The hot paths store the port alone where the host is `host` already."""
-        host, self.ints[PEER_PORT] = host_and_port(peer)
+        host, port = host_and_port(peer)
+        self.ints[PEER_PORT] = port
         if host != self.host:
-            text = str(host or "").encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
+            name = str(host or "")
+            text = (addresses.bracketed(name) if port else name).encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
             self.peer[: len(text)] = text
             self.host = host if type(host) is str else self  # which no host is equal to
 

@@ -15,7 +15,7 @@ KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of wo
 
 # A module imports only from floors below its own.
 FLOORS = (
-    {"errors", "options", "states", "reports"},
+    {"errors", "addresses", "options", "states", "reports"},
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
     {"pool", "policy", "stop_sequence"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}

@@ -207,7 +207,8 @@ def test_clients_of_every_kind(bench: Bench) -> None:
             shown.append(bench.peer)
     unnamed = "a client without a name"
     assert shown == [
-        "10.0.0.1:1", "10.0.0.1:2", "10.0.0.2:2", f"{unnamed}:5", "10.0.0.1:5", unnamed, "/path", "10.0.0.1:9", "::1:4",
+        "10.0.0.1:1", "10.0.0.1:2", "10.0.0.2:2", f"{unnamed}:5", "10.0.0.1:5", unnamed, "/path", "10.0.0.1:9",
+        "[::1]:4",
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ which header becomes which key, and what of a valid message is refused all the s
 A connection belongs to one thread at a time. Nothing here waits but `Body`, which an application reads from.
 """
 
+import contextlib
 import io
 import select
 import socket
@@ -16,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 import httptools
 
+from prefork.addresses import bracketed, host_port
 from prefork.scoreboard import host_and_port
 
 DONTWAIT = int(socket.MSG_DONTWAIT)
@@ -268,8 +270,8 @@ class Connection:
                 if version != "1.0":
                     self._refuse(505)
                 environ["SERVER_PROTOCOL"] = "HTTP/1.0"
-        if "HTTP_HOST" not in environ and http11:
-            self._refuse(400)
+        if not environ.get("HTTP_HOST"):
+            self._miss_host(environ, http11)
         environ["REQUEST_METHOD"] = method = _METHODS.get(name := parser.get_method()) or self._method(name)
         if self._port_text:
             environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = self.host, self._port_text
@@ -347,6 +349,14 @@ class Connection:
         elif coding.lower() != "chunked":
             self._refuse(501)
 
+    def _miss_host(self, environ: dict[str, Any], http11: bool) -> None:
+        """HTTP/1.0 may leave Host out, and it is empty where the client's URL has no host. An application is then told
+        the address to which the client has connected (RFC 9112, 3.3), whatever the listener is bound to."""
+        if environ.pop("HTTP_HOST", None) is None and http11:
+            self._refuse(400)
+        with contextlib.suppress(OSError):  # the client is gone
+            environ["SERVER_NAME"], environ["SERVER_PORT"] = server_name(self.sock.getsockname())
+
     def _locate(self, environ: dict[str, Any], target: bytes) -> None:
         """A target that is no plain path: a whole URL, as to a proxy, or `*`."""
         method = environ["REQUEST_METHOD"]
@@ -359,8 +369,8 @@ class Connection:
             if url.fragment is not None or (url.host is None and target[:1] != b"/"):
                 self._refuse(400)
             if url.host is not None:  # RFC 9112, 3.2.2: it counts, the header does not
-                port = "" if url.port is None else f":{url.port}"
-                environ["HTTP_HOST"] = url.host.decode("latin-1") + port
+                host = url.host.decode("latin-1")
+                environ["HTTP_HOST"] = bracketed(host) if url.port is None else host_port(host, url.port)
             path, query = url.path or b"/", url.query or b""
         environ["PATH_INFO"] = unquote_to_bytes(path).decode("latin-1")
         environ["QUERY_STRING"] = query.decode("latin-1")
@@ -368,6 +378,16 @@ class Connection:
     def _refuse(self, status: int) -> None:
         self.fault = status
         raise ValueError(status)  # it stops the parser
+
+
+def server_name(address: Any) -> tuple[str, str]:
+    """SERVER_NAME and SERVER_PORT for the address of a listener or of its end of a connection; never empty (PEP 3333).
+
+    IPv6 in brackets (RFC 3875, 4.1.14), without its zone, which has no place in an `http` URL and no meaning elsewhere.
+    """
+    if isinstance(address, tuple):
+        return bracketed(address[0].partition("%")[0]), str(address[1])
+    return "localhost", "80"
 
 
 def _learn(name: bytes) -> str:

@@ -21,7 +21,7 @@ from prefork.workers.child import Seat
 
 try:
     from prefork.workers.access import AccessLog
-    from prefork.workers.http import BODY, HEAD, IDLE, READ, Body, Connection, Request, Site
+    from prefork.workers.http import BODY, HEAD, IDLE, READ, Body, Connection, Request, Site, server_name
     from prefork.workers.polling import PollingWorker
     from prefork.workers.response import FileWrapper, Gone, Response
 except ModuleNotFoundError as error:
@@ -67,8 +67,10 @@ class WSGIWorker(PollingWorker):
 
     def site(self, server: Any) -> Site:
         address = server.socket.getsockname()
-        named = isinstance(address, tuple)
-        if named:  # accepted sockets inherit it; where head and body are two sends, the second must not wait for an ACK
+        name, port = server_name(address)
+        if isinstance(
+            address, tuple
+        ):  # accepted sockets inherit it; where head and body are two sends, the second must not wait for an ACK
             server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         base = {
             "wsgi.version": (1, 0),
@@ -81,8 +83,8 @@ class WSGIWorker(PollingWorker):
             "wsgi.input_terminated": True,
             "prefork.worker": self,
             "SERVER_SOFTWARE": self.SERVER or "prefork",
-            "SERVER_NAME": address[0] if named else "localhost",
-            "SERVER_PORT": str(address[1]) if named else "80",
+            "SERVER_NAME": name,
+            "SERVER_PORT": port,
             "SCRIPT_NAME": "",
             "REMOTE_ADDR": "",
         }
