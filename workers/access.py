@@ -14,6 +14,7 @@ from prefork.workers.response import Response
 
 log = logging.getLogger("prefork.access")
 
+_LINE = 200  # characters of a first line that was refused
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 34, 92, *range(127, 256))}
 
 
@@ -46,6 +47,20 @@ class AccessLog:
             "HTTP/1.1" if request.http11 else "HTTP/1.0",
             request.status[:3] or "-",
             request.sent,
+            _quoted(environ.get("HTTP_REFERER")),
+            _quoted(environ.get("HTTP_USER_AGENT")),
+        )
+
+    def refuse(self, connection: Connection, size: int) -> None:
+        """One for what came to no request: its first line as far as it is known, and an answer of the server's own."""
+        environ, peer = connection.head, connection.peer
+        log.info(
+            '%s - - %s "%s" %d %d "%s" "%s"',
+            peer[0] if isinstance(peer, tuple) else "-",
+            self._time(),
+            _quoted(connection.line[:_LINE]),
+            connection.fault,
+            size,
             _quoted(environ.get("HTTP_REFERER")),
             _quoted(environ.get("HTTP_USER_AGENT")),
         )

@@ -138,7 +138,9 @@ class Connection:
     """One client, and the callbacks of its parser.
 
     `requests` are those that nobody answers yet, in order; only the last that was made can be incomplete. `fault` is
-    the status that is due after them, when what followed could not be understood: then nothing more is read.
+    the status that is due after them, when what followed could not be understood: then nothing more is read, and
+    `reason` and `line` are there: what was wrong, and the request's first line as far as it is known, as the client has
+    sent it.
     `environ`: what a head that comes has become so far, if one does. `broken`: an answer could not be finished.
     """
 
@@ -150,10 +152,12 @@ class Connection:
             "fault",
             "fd",
             "host",
+            "line",
             "parked",
             "peer",
             "phase",
             "port",
+            "reason",
             "requests",
             "served",
             "site",
@@ -186,14 +190,14 @@ class Connection:
         except httptools.HttpParserUpgrade as switch:
             if self._switches:
                 self._ignore_upgrade(data[switch.args[0] :])
-            else:  # for a reason that is not known here
-                self.fault = self.fault or 400
-        except httptools.HttpParserError:
-            self.fault = self.fault or 400
+            else:
+                self.spoil(400, "another protocol begins, for no reason that is known here")
+        except httptools.HttpParserError as error:
+            self.spoil(400, str(error))
         if not (in_body or self.requests or self._incomplete is not None or self.fault):
             self._head += len(data)
             if self._head > self.site.limits.MAX_HEAD:
-                self.fault = 431
+                self.spoil(431, f"the head is longer than {self.site.limits.MAX_HEAD} bytes")
 
     def close(self) -> None:
         self.sock.close()
@@ -218,6 +222,14 @@ class Connection:
         if rest:
             self.feed(rest)
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """What is known of the request that comes."""
+        if self._incomplete is not None:
+            environ: dict[str, Any] = self._incomplete.environ
+            return environ
+        return self.environ or {}
+
     # -- the parser's callbacks ------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
@@ -227,7 +239,7 @@ class Connection:
     def on_url(self, part: bytes) -> None:
         self._target += part
         if len(self._target) > self.site.line:
-            self._refuse(414)
+            self._refuse(414, f"the target is longer than {self.site.line} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         environ = self.environ
@@ -251,14 +263,13 @@ class Connection:
     def _repeat(self, environ: dict[str, Any], key: str, value: bytes) -> None:
         self._repeated += 1
         if key == "HTTP_HOST" or key == "CONTENT_TYPE":
-            self._refuse(400)
+            self._refuse(400, f"the head has two {'Host' if key == 'HTTP_HOST' else 'Content-Type'} headers")
         if self._repeated > self.site.limits.MAX_FIELDS:
-            self._refuse(431)
+            self._refuse(431, f"the head has more than {self.site.limits.MAX_FIELDS} headers")
         environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value.rstrip().decode("latin-1")
 
     def on_headers_complete(self) -> None:
         environ: Any = self.environ
-        self.environ = None
         parser = self._parser
         # It is only right in here: afterwards the parser has forgotten the Connection header.
         http11 = keep = parser.should_keep_alive()
@@ -268,7 +279,7 @@ class Connection:
             http11 = version == "1.1"
             if not http11:
                 if version != "1.0":
-                    self._refuse(505)
+                    self._refuse(505, f"HTTP/{version} is not spoken here")
                 environ["SERVER_PROTOCOL"] = "HTTP/1.0"
         if not environ.get("HTTP_HOST"):
             self._miss_host(environ, http11)
@@ -285,14 +296,15 @@ class Connection:
         else:
             self._locate(environ, target)
         site = self.site
+        if len(environ) > site.keys:
+            self._refuse(431, f"the head has more than {site.limits.MAX_FIELDS} headers")
         request = site.make(self, environ, method, target, keep, http11)
+        self.environ = None
         if self._tells:
             self._tells = False
             if self._replaying:
                 return
             self._heed(request, environ)
-        if len(environ) > site.keys:
-            self._refuse(431)
         self._head = self._repeated = 0
         self.requests.append(request)
 
@@ -306,7 +318,7 @@ class Connection:
         if request.size > self.site.limits.READ_AHEAD:
             request.early = True
         if request.size > self.site.max_body:
-            self._refuse(413)
+            self._refuse(413, f"the body is longer than {self.site.max_body} bytes")
 
     def on_message_complete(self) -> None:
         # One without a body was complete before. While the protocol switches it is only the end of a head.
@@ -319,7 +331,7 @@ class Connection:
     def _method(self, name: bytes) -> str:
         """One that is rare. After CONNECT, whatever its target, the parser expects no HTTP any more."""
         if name == b"CONNECT":
-            self._refuse(501)
+            self._refuse(501, "CONNECT is for proxies")
         return name.decode()
 
     def _heed(self, request: Request, environ: dict[str, Any]) -> None:
@@ -330,8 +342,8 @@ class Connection:
         if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ:
             self._announce(request, environ)
         if "HTTP_EXPECT" in environ and request.http11:
-            if environ["HTTP_EXPECT"].lower() != "100-continue":
-                self._refuse(417)
+            if (expected := environ["HTTP_EXPECT"]).lower() != "100-continue":
+                self._refuse(417, f"nobody here meets the expectation {_shown(expected)}")
             request.expects = request.early = True
         if "HTTP_UPGRADE" in environ:
             self._switches = self._parser.should_upgrade()
@@ -342,18 +354,18 @@ class Connection:
         if coding is None:
             length = int(environ["CONTENT_LENGTH"])
             if length > self.site.max_body:
-                self._refuse(413)
+                self._refuse(413, f"the body is longer than {self.site.max_body} bytes")
             request.early = length > self.site.limits.READ_AHEAD
         elif not request.http11:
-            self._refuse(400)  # RFC 9112, 6.1: treat the framing as faulty
+            self._refuse(400, "HTTP/1.0 knows no Transfer-Encoding")  # RFC 9112, 6.1: treat the framing as faulty
         elif coding.lower() != "chunked":
-            self._refuse(501)
+            self._refuse(501, f"the transfer coding {_shown(coding)} is not spoken here")
 
     def _miss_host(self, environ: dict[str, Any], http11: bool) -> None:
         """HTTP/1.0 may leave Host out, and it is empty where the client's URL has no host. An application is then told
         the address to which the client has connected (RFC 9112, 3.3), whatever the listener is bound to."""
         if environ.pop("HTTP_HOST", None) is None and http11:
-            self._refuse(400)
+            self._refuse(400, "the head has no Host header")
         with contextlib.suppress(OSError):  # the client is gone
             environ["SERVER_NAME"], environ["SERVER_PORT"] = server_name(self.sock.getsockname())
 
@@ -365,9 +377,9 @@ class Connection:
             try:
                 url = httptools.parse_url(target)
             except httptools.HttpParserInvalidURLError:
-                self._refuse(400)
+                self._refuse(400, "the target is no URL")
             if url.fragment is not None or (url.host is None and target[:1] != b"/"):
-                self._refuse(400)
+                self._refuse(400, "the target is no URL of a resource")
             if url.host is not None:  # RFC 9112, 3.2.2: it counts, the header does not
                 host = url.host.decode("latin-1")
                 environ["HTTP_HOST"] = bracketed(host) if url.port is None else host_port(host, url.port)
@@ -375,9 +387,30 @@ class Connection:
         environ["PATH_INFO"] = unquote_to_bytes(path).decode("latin-1")
         environ["QUERY_STRING"] = query.decode("latin-1")
 
-    def _refuse(self, status: int) -> None:
-        self.fault = status
+    def _refuse(self, status: int, reason: str) -> None:
+        self.spoil(status, reason)
         raise ValueError(status)  # it stops the parser
+
+    def spoil(self, status: int, reason: str) -> None:
+        """What comes is not understood, or not wanted. What was wrong first counts."""
+        if not self.fault:
+            self.fault, self.reason, self.line = status, reason, self._first_line()
+
+    def _first_line(self) -> str:
+        """Of the request that comes, as far as it is known."""
+        request: Request | None = self._incomplete
+        if request is not None:
+            return f"{request.method} {request.target.decode('latin-1')} HTTP/{'1.1' if request.http11 else '1.0'}"
+        if self.environ is None or not self._target:
+            return ""
+        version = self._parser.get_http_version()
+        line = f"{self._parser.get_method().decode()} {self._target.decode('latin-1')}"
+        return line if version == "0.0" else f"{line} HTTP/{version}"
+
+
+def _shown(text: str) -> str:
+    """A client's text in a line of the log: escaped, and not more of it than tells what it is."""
+    return ascii(text[:100])
 
 
 def server_name(address: Any) -> tuple[str, str]:
@@ -434,18 +467,18 @@ class Body(io.RawIOBase):
     def _receive(self) -> None:
         connection, request = self._connection, self._request
         if connection.fault:
-            raise Refused(connection.fault, FAULTS[connection.fault])
+            raise Refused(connection.fault, connection.reason)
         if request.expects:
             request.expects = False
             self._go_on()
         data = receive(connection.sock, connection.site.limits.BODY_TIMEOUT)
         if data is None:
-            connection.fault = 408
+            connection.spoil(408, f"nothing of the body came for {connection.site.limits.BODY_TIMEOUT:g} s")
         elif data:
             connection.feed(data)
         else:
-            connection.fault = 400
-            raise Refused(400, "the client left in the middle of its request")
+            connection.spoil(400, "the client left in the middle of its request")
+            raise Refused(400, connection.reason)
 
 
 def receive(sock: socket.socket, seconds: float) -> bytes | None:

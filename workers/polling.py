@@ -10,6 +10,7 @@ order them anew at each request, and an idle worker does not wake up.
 
 import contextlib
 import heapq
+import logging
 import os
 import select
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+import prefork.addresses as addresses
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
@@ -25,6 +27,8 @@ from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Conne
 from prefork.workers.response import Clock, refusal
 from prefork.workers.share import ASIDE, THEIRS, Share
 from prefork.workers.turns import NEVER, Turns
+
+log = logging.getLogger("prefork")
 
 _BATCH = 64  # events looked at between two looks at the clock
 _BRIEF = 0.0005  # seconds for each event of a turn, its wait included, up to which the next one may have a whole batch
@@ -321,7 +325,7 @@ class PollingWorker(Limits, Worker):
                     self._connections[connection.fd] = connection  # so a new one is among those that are shared out
                 self._turns.hand_over(connection)
         elif connection.fault:
-            self.turn_away(connection, connection.fault)
+            self.turn_away(connection)
         elif requests:
             self.park(connection, BODY if connection.phase != BODY else None)
         elif connection.phase == IDLE and connection.served:
@@ -348,7 +352,9 @@ class PollingWorker(Limits, Worker):
             data = connection.sock.recv(READ, DONTWAIT)
         except BlockingIOError:
             if connection.phase in (HEAD, BODY):
-                self.turn_away(connection, 408)
+                what = "head" if connection.phase == HEAD else "body"
+                connection.spoil(408, f"the {what} did not come within {self._patience[connection.phase]:g} s")
+                self.turn_away(connection)
             else:
                 self.close(connection)
         except OSError:
@@ -366,11 +372,18 @@ class PollingWorker(Limits, Worker):
             self._expire(one)
         return len(self._connections) < self.options.max_connections
 
-    def turn_away(self, connection: Connection, status: int) -> None:
-        head, body = refusal(status, self.clock)
+    def turn_away(self, connection: Connection) -> None:
+        """Answer what could not be understood with its `fault`, and no more on this connection."""
+        head, body = refusal(connection.fault, self.clock)
         with contextlib.suppress(OSError):
             connection.sock.send(head + body, DONTWAIT)
+        self.refused(connection, len(body))
         self.linger(connection)
+
+    def refused(self, connection: Connection, size: int) -> None:
+        """It was told of its `fault`, with a body of this size. Say so, before another thread may have it."""
+        peer, reason = addresses.of_peer(connection.peer), connection.reason
+        log.info("worker %d: refused %d from %s: %s", self.slot, connection.fault, peer, reason)
 
     def linger(self, connection: Connection) -> None:
         """The answer is over; what the client still sends is read and forgotten, until it closes or its time is over.

@@ -9,7 +9,7 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BufferedReader, BytesIO
 from time import monotonic
 from typing import Any
@@ -110,7 +110,7 @@ class WSGIWorker(PollingWorker):
             except BaseException as error:
                 self._failed(connection, request, error)
             if self._access:
-                self._log_access(connection, request)
+                self._log_access(self._access.write, connection, request)
             if self._disowned:
                 raise SystemExit  # a process that the application has forked shares with the worker what this waits for
             if not request.kept:
@@ -119,7 +119,7 @@ class WSGIWorker(PollingWorker):
             if not requests or not (requests[0].complete or requests[0].early):
                 break
         if connection.fault:
-            self.turn_away(connection, connection.fault)
+            self.turn_away(connection)
         else:
             self.park(connection, BODY if requests else HEAD if connection.environ is not None else IDLE)
 
@@ -166,11 +166,15 @@ class WSGIWorker(PollingWorker):
                     self._look(count, end)
         return True
 
-    def _log_access(self, connection: Connection, request: Response) -> None:
+    def refused(self, connection: Connection, size: int) -> None:
+        super().refused(connection, size)
+        if self._access:
+            self._log_access(self._access.refuse, connection, size)
+
+    def _log_access(self, write: Callable[..., None], *what: Any) -> None:
         """Its failure is not the client's: a filter of the program, or what the application has left in the environ."""
-        assert self._access is not None
         try:
-            self._access.write(connection, request)
+            write(*what)
         except Exception:
             log.exception("worker %d: the access log has failed", self.slot)
 
@@ -185,11 +189,13 @@ class WSGIWorker(PollingWorker):
                 connection.broken = request.begun and not request.whole
                 self._tell(request, 500)
                 if self._access:
-                    self._log_access(connection, request)
+                    self._log_access(self._access.write, connection, request)
                 self._let_go(connection, request)
             raise error
         if connection.fault and not request.complete:
             status = connection.fault  # it could not have its body
+            if not request.whole:
+                super().refused(connection, 0)
         else:
             status = 503 if isinstance(error, RequestTimeout) else 500
             when = "after its answer at" if request.whole else "at"
