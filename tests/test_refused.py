@@ -1,4 +1,4 @@
-"""The worker class `wsgi`: what comes to no request leaves a line in both logs."""
+"""The worker class `wsgi`: what comes to no request leaves a line in both logs; and which methods it takes."""
 
 import re
 from typing import Any
@@ -57,6 +57,7 @@ REFUSED: dict[str, tuple[bytes, int, str, str, str]] = {
     "long head": (GET + b"X: " + b"1" * 70_000, 431, LARGE, GOT, "tester"),
     "nothing but lines": (b"\r\n" * 40_000, 431, LARGE, "-", "-"),
     "connect": (b"CONNECT a:80 HTTP/1.1\r\n" + HOST + b"\r\n", 501, "CONNECT is .*", "CONNECT a:80 HTTP/1.1", "tester"),
+    "method": (b"TURN /x?y HTTP/1.1\r\n\r\n", 501, "the method 'TURN' is unknown", "TURN /x?y HTTP/1.1", "-"),
     "coding": (
         POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
         501,
@@ -142,4 +143,46 @@ def test_who_says_nothing_is_not_refused(start: Start) -> None:
         gone.send(b"GET /").sock.close()
         assert silent.is_over() and idle.is_over()
     assert len(accesses(program, 1)) == 1 and not reasons(program)
+    program.finish()
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+KNOWN = "DELETE GET POST PUT OPTIONS TRACE PATCH M-SEARCH NOTIFY SUBSCRIBE PROPFIND REPORT MKCOL LOCK PURGE LINK QUERY"
+UNKNOWN = ("FOO", "get", "GETX", "PROPS", "VERSION-CONTROL", "X!#$%&'*+.^_`|~1", "DESCRIBE", "ANNOUNCE")
+WRONG = (
+    b"G(T /x HTTP/1.1\r\n",
+    b"G\xc3T /x HTTP/1.1\r\n",
+    b"FOO\r\n",
+    b"FOO /x\r\n",
+    b"FOO /x HTTP/x\r\n",
+    b" /x HTTP/1.1\r\n",
+)
+
+
+def test_methods(start: Start) -> None:
+    """A method that the parser knows is the application's, be its target a path or the whole server; another one is not
+    implemented (RFC 9110, 9.1), however it comes; what is no method is malformed."""
+    program = serve(start)
+    with Web(program.address) as client:
+        for method in KNOWN.split():
+            answer = client.get("/x", method=method)
+            assert (answer.status, answer.body) == (200, method.encode())
+        for method in ("OPTIONS", "M-SEARCH", "NOTIFY"):
+            answer = client.get("*", method=method)
+            assert (answer.status, answer.body, answer.headers["x-target"]) == (200, method.encode(), "")
+        assert client.get("*").status == 400
+    for method in UNKNOWN:
+        head = method.encode() + b" /x HTTP/1.1\r\n" + HOST + b"\r\n"
+        for parts in ((head,), (b"\r\n" + head,), (head[:1], head[1:]), (head[:5], head[5:]), (GET + b"\r\n" + head,)):
+            with Web(program.address) as client:
+                client.send(*parts[:1])
+                if len(parts) > 1:
+                    client.send(*parts[1:])
+                if parts[0].startswith(GET):
+                    assert client.answer().status == 200
+                assert client.answer().status == 501, parts
+    for raw in WRONG:
+        with Web(program.address) as client:
+            assert client.send(raw + b"\r\n" + HOST + b"\r\n").answer().status == 400, raw
     program.finish()

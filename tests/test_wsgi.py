@@ -181,8 +181,8 @@ GET = b"GET / HTTP/1.1\r\n" + HOST
 MALFORMED = {
     "garbage": (b"\x16\x03\x01\x02\x00\x01\x00", 400),
     "no method": (b" / HTTP/1.1\r\n\r\n", 400),
-    "unknown method": (b"FOO / HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "small letters": (b"get / HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "unknown method": (b"FOO / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "small letters": (b"get / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
     "no version": (b"GET /\r\n\r\n", 505),
     "http 2 over text": (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", 505),
     "http 2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),

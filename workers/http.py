@@ -9,6 +9,8 @@ A connection belongs to one thread at a time. Nothing here waits but `Body`, whi
 
 import contextlib
 import io
+import itertools
+import re
 import select
 import socket
 from collections.abc import Callable
@@ -48,6 +50,13 @@ _telling: dict[bytes, str] = {}
 _KEYS_LEARNED = 1000  # header names are the client's choice: not more than so many are remembered
 _TELLING = ("CONTENT_LENGTH", "HTTP_EXPECT", "HTTP_TRANSFER_ENCODING", "HTTP_UPGRADE")
 _SLASH = ord("/")
+# What `*` may be the target of: RFC 9112, 3.2.4, and UPnP's device architecture.
+_SERVER_WIDE = ("OPTIONS", "M-SEARCH", "NOTIFY")
+# A first line, or what has come of it.
+_FIRST_LINE = re.compile(
+    rb"(?:\A|\n)(([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
+    rb"(?: [^ \r\n]+ HTTP/1\.[01](?=\r)| [^ \r\n]*(?: [HTP/1.0]{0,8})?\Z|\Z))"
+)
 _METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST")}
 
 
@@ -193,7 +202,8 @@ class Connection:
             else:
                 self.spoil(400, "another protocol begins, for no reason that is known here")
         except httptools.HttpParserError as error:
-            self.spoil(400, str(error))
+            if not self.fault:
+                self._misread(str(error), data)
         if not (in_body or self.requests or self._incomplete is not None or self.fault):
             self._head += len(data)
             if self._head > self.site.limits.MAX_HEAD:
@@ -373,7 +383,7 @@ class Connection:
         """A target that is no plain path: a whole URL, as to a proxy, or `*`."""
         method = environ["REQUEST_METHOD"]
         path, query = b"", b""
-        if target != b"*" or method != "OPTIONS":
+        if target != b"*" or method not in _SERVER_WIDE:
             try:
                 url = httptools.parse_url(target)
             except httptools.HttpParserInvalidURLError:
@@ -391,10 +401,10 @@ class Connection:
         self.spoil(status, reason)
         raise ValueError(status)  # it stops the parser
 
-    def spoil(self, status: int, reason: str) -> None:
+    def spoil(self, status: int, reason: str, line: str | None = None) -> None:
         """What comes is not understood, or not wanted. What was wrong first counts."""
         if not self.fault:
-            self.fault, self.reason, self.line = status, reason, self._first_line()
+            self.fault, self.reason, self.line = status, reason, self._first_line() if line is None else line
 
     def _first_line(self) -> str:
         """Of the request that comes, as far as it is known."""
@@ -406,6 +416,25 @@ class Connection:
         version = self._parser.get_http_version()
         line = f"{self._parser.get_method().decode()} {self._target.decode('latin-1')}"
         return line if version == "0.0" else f"{line} HTTP/{version}"
+
+    def _misread(self, error: str, data: bytes) -> None:
+        """llhttp does not go on. It takes a method that it has not heard of for garbage, where RFC 9110, 9.1 says that
+        it is not implemented: so a first line that is sound apart from that is looked for."""
+        if "method" in error.lower():
+            for line in itertools.islice(_FIRST_LINE.finditer(data), self.site.limits.MAX_FIELDS):
+                if not _is_known(line[2]):
+                    self.spoil(501, f"the method {_shown(line[2].decode())} is unknown", line[1].decode("latin-1"))
+                    return
+        self.spoil(400, error)
+
+
+def _is_known(method: bytes) -> bool:
+    """Whether the parser takes a request with this method."""
+    try:
+        httptools.HttpRequestParser(object()).feed_data(method + b" / HTTP/1.1\r\n")
+    except httptools.HttpParserError:
+        return False
+    return True
 
 
 def _shown(text: str) -> str:
