@@ -172,15 +172,15 @@ class Connection:
             "site",
             "sock",
         ),
-        *("_head", "_incomplete", "_parser", "_port_text", "_repeated", "_replaying", "_switches"),
-        *("_target", "_tells"),
+        *("_head", "_incomplete", "_parser", "_port_text", "_repeated", "_replaying", "_seen"),
+        *("_switches", "_target", "_tells"),
     )
 
     def __init__(self, site: Site, sock: socket.socket, peer: Any) -> None:
         self.site, self.sock, self.peer = site, sock, peer
         self.fd = sock.fileno()
         self.requests: list[Request] = []
-        self.fault = self.served = self._head = self._repeated = 0
+        self.fault = self.served = self._head = self._repeated = self._seen = 0
         self.phase, self.deadline = IDLE, 0.0
         self.broken = self.parked = self._replaying = self._switches = self._tells = False
         self.environ: dict[str, Any] | None = None
@@ -193,21 +193,34 @@ class Connection:
 
     def feed(self, data: bytes) -> None:
         """Parse what has come. It raises nothing: see `requests` and `fault`."""
-        in_body = self._incomplete is not None
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as switch:
-            if self._switches:
-                self._ignore_upgrade(data[switch.args[0] :])
-            else:
+        request = self._incomplete
+        while True:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as switch:
+                if self._switches:
+                    self._ignore_upgrade()
+                    data = data[switch.args[0] :]
+                    continue
                 self.spoil(400, "another protocol begins, for no reason that is known here")
-        except httptools.HttpParserError as error:
-            if not self.fault:
-                self._misread(str(error), data)
-        if not (in_body or self.requests or self._incomplete is not None or self.fault):
+            except httptools.HttpParserError as error:
+                if not self.fault:
+                    self._misread(str(error), data)
+            break
+        if request is not None:
+            self._look_behind(request, len(data))
+        elif not (self.requests or self._incomplete is not None or self.fault):
             self._head += len(data)
             if self._head > self.site.limits.MAX_HEAD:
                 self.spoil(431, f"the head is longer than {self.site.limits.MAX_HEAD} bytes")
+
+    def _look_behind(self, request: "Request", size: int) -> None:
+        """Behind the last chunk of a body there may be headers, of which the parser keeps what is not whole."""
+        behind = request is self._incomplete and request.size == self._seen
+        self._head = self._head + size if behind else 0
+        self._seen = request.size
+        if self._head > self.site.limits.MAX_HEAD:
+            self.spoil(431, f"the trailers are longer than {self.site.limits.MAX_HEAD} bytes")
 
     def close(self) -> None:
         self.sock.close()
@@ -216,7 +229,7 @@ class Connection:
         if self.requests or self._incomplete is not None:
             self.requests, self._incomplete = [], None
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
+    def _ignore_upgrade(self) -> None:
         """No other protocol is spoken here, so the message goes on as HTTP/1.1.
 
         The parser takes all that follows for the other protocol, the body too. Another one, told by a head of its own
@@ -229,8 +242,6 @@ class Connection:
         self._replaying, self._switches = True, False
         self._parser.feed_data(f"POST / HTTP/1.1\r\nHost: \r\n{framing}\r\n\r\n".encode("latin-1"))
         self._replaying = False
-        if rest:
-            self.feed(rest)
 
     @property
     def head(self) -> dict[str, Any]:
