@@ -21,7 +21,7 @@ FLOORS = (
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
     | {"workers.share", "workers.sync", "workers.filter", "workers.threaded"}
     | {"workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
-    | {"workers.site", "workers.asgi", "workers.wsgi"}
+    | {"workers.protocols", "workers.site", "workers.asgi", "workers.wsgi"}
     | {"workers.http", "workers.response", "workers.access", "workers.turns", "workers.polling"},
     {"crew", "master"},
     {"service", "server", "http"},
@@ -39,7 +39,7 @@ NEXT_DOOR = {
     ("workers.aio", "workers.coroutines"),
     *((f"workers.{kind}", f"workers.{of}") for kind in ("aio", "asgi") for of in ("gate", "loop")),
     ("workers.asgi", "workers.site"),
-    ("workers.site", "workers.request"),
+    *(("workers.site", f"workers.{part}") for part in ("protocols", "request")),
     *(("workers.gate", f"workers.{part}") for part in ("accept", "share")),
     *(("workers.loop", f"workers.{part}") for part in ("request", "base", "share")),
     *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),

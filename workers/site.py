@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from prefork.errors import PreforkError, RequestTimeout
 from prefork.options import Options
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
+from prefork.workers.protocols import strict
 from prefork.workers.request import Requests
 
 Message = MutableMapping[str, Any]
@@ -190,7 +191,7 @@ class Site:
         self._app: Any = self.config.loaded_app
         self._serving, self._free, self._requests = worker.serving, worker._free, worker._requests
         self._loop = asyncio.get_running_loop()
-        self._protocol = _joining(self.config.http_protocol_class, self._loop)
+        self._protocol = _joining(strict(self.config.http_protocol_class), self._loop)
         self.lifespan = Lifespan(self._app, self.config)
         self.lifespan.state["prefork_worker"] = worker  # every scope has a copy of this dictionary
         self.config.loaded_app = self._serve_in_time if options.request_timeout else self._serve

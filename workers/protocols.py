@@ -1,0 +1,311 @@
+"""uvicorn's protocols for HTTP/1.1, held to what the class `wsgi` holds its clients to where they let pass what a
+standard forbids.
+
+Each mend is at a place where uvicorn's own code asks for something: which application serves this head, which protocol
+a client may change to, what becomes of a header, of an error, of the bytes behind an upgrade. So a request that needs
+none of them costs a call more than in uvicorn.
+
+A head is refused by an application in the place of the program's, so that its answer waits for those before it.
+"""
+
+import contextlib
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
+
+with contextlib.suppress(ModuleNotFoundError):  # then h11 parses
+    import httptools
+
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+LIMIT = 65536  # bytes of a head, or between two pieces of a body in chunks; looked at after each read: 431
+
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?]*)?(?:\?(.*))?", re.IGNORECASE | re.DOTALL)
+_SLASH, _HASH = b"/#"  # numbers: to look for bytes in bytes takes 0.3 us
+_TELLING = frozenset((b"expect", b"host", b"transfer-encoding"))
+
+
+def fault_of(method: str, version: str, target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """The status with which a head is refused that a parser has let pass; 0: it is served. Names are in small
+    letters."""
+    if version not in ("1.0", "1.1"):
+        return 505
+    if method == "CONNECT":
+        return 501
+    names = [name for name, _ in headers]
+    hosts = names.count(b"host")
+    if hosts > 1 or (version == "1.1" and not hosts):  # RFC 9112, 3.2
+        return 400
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and (version == "1.0" or b"content-length" in names):  # RFC 9112, 6.1: the framing is faulty
+        return 400
+    if codings and codings != [b"chunked"]:
+        return 501
+    if target == b"*":
+        return 0 if method == "OPTIONS" else 400
+    known = target.startswith(b"/") or _ABSOLUTE.fullmatch(target)
+    return 0 if known and b"#" not in target else 400
+
+
+def refusal(status: int) -> Application:
+    """An application that answers with an error and ends the connection, whatever is asked."""
+    body = f"{HTTPStatus(status).phrase}\n".encode()
+    fields = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": fields})
+        await send({"type": "http.response.body", "body": body})
+
+    return refuse
+
+
+REFUSALS = {status: refusal(status) for status in (400, 431, 501, 505)}
+
+
+def strict(protocol: Any) -> Any:
+    """A subclass of one of uvicorn's two protocols for HTTP/1.1; any other class is returned as it is."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    if issubclass(protocol, H11Protocol):
+        return type(protocol.__name__, (_H11, protocol), {})
+    with contextlib.suppress(ModuleNotFoundError):
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+        if issubclass(protocol, HttpToolsProtocol):
+            return type(protocol.__name__, (_HttpTools, protocol), {})
+    return protocol
+
+
+_Protocol: Any = object  # beside one of uvicorn's, whose attributes are used
+
+
+class _Strict(_Protocol):  # type: ignore[misc]
+    """What both have in common."""
+
+    _application: Any = None
+
+    def _target(self) -> bytes:
+        """What the request line asks for."""
+        raise NotImplementedError
+
+    def _fault(self) -> int:
+        scope = self.scope
+        return fault_of(scope["method"], scope["http_version"], self._target(), scope["headers"])
+
+    @property
+    def app(self) -> Any:
+        """Who serves the request whose head is complete: uvicorn asks once for each."""
+        if status := self._fault():
+            return REFUSALS[status]
+        if absolute := _ABSOLUTE.fullmatch(self._target()):
+            self._locate(*absolute.groups())
+        return self._application
+
+    @app.setter
+    def app(self, application: Any) -> None:
+        self._application = application
+
+    def _locate(self, host: bytes, path: bytes | None, query: bytes | None) -> None:
+        """A whole URL, as to a proxy: its host counts, the header does not (RFC 9112, 3.2.2)."""
+        scope, raw, root = self.scope, path or b"/", self.root_path
+        scope["headers"][:] = [(name, host if name == b"host" else value) for name, value in scope["headers"]]
+        scope["path"], scope["raw_path"] = root + unquote(raw.decode("ascii")), root.encode("ascii") + raw
+        scope["query_string"] = query or b""
+
+    def _get_upgrade(self) -> Any:
+        """The wish for any other protocol than WebSockets is ignored, as is that of a client of HTTP/1.0 (RFC 9110,
+        7.8)."""
+        wanted = super()._get_upgrade()
+        return wanted if wanted == b"websocket" and self.scope["http_version"] == "1.1" and not self._fault() else None
+
+    def handle_websocket_upgrade(self, *event: Any) -> None:
+        """A handshake that the parser for WebSockets gives up (with a body, with long headers) has an answer: uvicorn
+        leaves its client waiting."""
+        super().handle_websocket_upgrade(*event)
+        if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
+            self._answer(400)
+
+    def _answer(self, status: int) -> None:
+        """Where there is no request that an application could answer."""
+        phrase = HTTPStatus(status).phrase
+        body = f"{phrase}\n"
+        fields = [b"%b: %b\r\n" % field for field in self.server_state.default_headers]
+        head = f"content-type: text/plain\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n{body}"
+        self.transport.write(f"HTTP/1.1 {status} {phrase}\r\n".encode() + b"".join(fields) + head.encode())
+        self.transport.close()
+
+
+class _H11(_Strict):
+    """h11 itself refuses what is wrong with Host, and knows trailers."""
+
+    def _target(self) -> bytes:
+        raw: bytes = self.scope["raw_path"][len(self.root_path) :]
+        query = self.scope["query_string"]
+        return raw + b"?" + query if query else raw
+
+    def send_400_response(self, msg: str) -> None:
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.close()  # an error in the middle of an answer would be a part of it
+        else:
+            super().send_400_response(msg)
+
+
+class _Trailers:
+    """In the place of a list of headers: what comes behind a body is none of them (RFC 9110, 6.5.1)."""
+
+    def append(self, field: object) -> None: ...
+
+
+_TRAILERS = _Trailers()
+
+
+class _HttpTools(_Strict):
+    """`_told`: headers of this head that say more than a value. One is the rule: the one Host.
+
+    `_complete`: the headers of the last head that was complete. `_incomplete`: those of another one, or what stands for
+    trailers; with a body of chunks also `_body` and its `_length`, how far it had come; `_size`: bytes since then.
+    """
+
+    # With more than 30 attributes in its dictionary each of them would be found more slowly, a tenth of a request.
+    __slots__ = ("_body", "_complete", "_incomplete", "_length", "_size", "_told")
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._complete: Any = None
+        self._incomplete: Any = None
+        self._body: Any = None
+        self._length = self._size = self._told = 0
+
+    def _target(self) -> bytes:
+        target: bytes = self.url
+        return target
+
+    @property
+    def app(self) -> Any:
+        told, self._told = self._told, 0
+        self._complete = self.headers
+        scope, target = self.scope, self.url
+        modern = scope["http_version"] == "1.1"
+        if told == 1 and modern and target[0] == _SLASH and _HASH not in target and scope["method"] != "CONNECT":
+            return self._application
+        if not modern:
+            self.expect_100_continue = False  # RFC 9110, 10.1.1
+        return super().app
+
+    @app.setter
+    def app(self, application: Any) -> None:
+        self._application = application
+
+    # -- bytes in --------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn's, apart from an upgrade that is not made and from what does not come to an end."""
+        self._unset_keepalive_if_required()
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as switch:
+                if self._should_upgrade():
+                    self.handle_websocket_upgrade()
+                    return
+                self._ignore_upgrade()
+                data = data[switch.args[0] :]
+            except httptools.HttpParserError:
+                self.logger.warning("Invalid HTTP request received.")
+                self.send_400_response("")
+                return
+            else:
+                break
+        if self.headers is not self._complete:
+            self._measure(len(data))
+
+    def _measure(self, size: int) -> None:
+        """A head has come in part, or a body comes in chunks."""
+        body, length = None, 0
+        if self.headers is _TRAILERS:
+            if self.cycle.response_complete:
+                return  # nobody keeps what comes
+            body, length = self.cycle.body, len(self.cycle.body)
+        if self._incomplete is not self.headers or self._body is not body or self._length != length:
+            self._incomplete, self._body, self._length, self._size = self.headers, body, length, 0
+            return
+        self._size += size
+        if self._size > LIMIT:
+            self.logger.warning("A request has more than %d bytes of headers.", LIMIT)
+            self.send_400_response("", 431)
+
+    def _ignore_upgrade(self) -> None:
+        """The message goes on as HTTP/1.1.
+
+        The parser takes all that follows for the other protocol, the body too, and has said that the message is
+        complete. Another one, told by a head of its own how the body is delimited, goes on from there.
+        """
+        if self._get_upgrade() is not None:
+            self.logger.warning("No library for WebSockets: the request is served as HTTP; pip install websockets")
+        self.cycle.more_body = True
+        self.cycle.message_event.clear()
+        headers = dict(self.scope["headers"])
+        chunked, length = b"transfer-encoding" in headers, headers.get(b"content-length", b"0")
+        framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: " + length
+        resumed = _Resumed(self)
+        self.parser = httptools.HttpRequestParser(resumed)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\nHost: \r\n" + framing + b"\r\n\r\n")
+        resumed.knows = True
+
+    def send_400_response(self, msg: str, status: int = 400) -> None:
+        """After the answers that are due before it."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._answer(status)
+        elif not cycle.more_body:  # what came behind a request: it is answered, and the connection ends
+            cycle.keep_alive = False
+        elif self.pipeline:
+            self.pipeline[0] = cycle, REFUSALS[status]
+        elif cycle.response_started:
+            self.transport.close()  # an error in the middle of an answer would be a part of it
+        else:
+            self._answer(status)
+
+    # -- the parser's callbacks ------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """As uvicorn's, and counts those that say more than a value."""
+        name = name.lower()
+        if name in _TELLING:
+            if name == b"host":
+                self._told += 1
+            elif name == b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
+            else:
+                self._told += 2
+        self.headers.append((name, value))
+
+    def on_chunk_header(self) -> None:
+        self.headers = _TRAILERS
+
+    def on_chunk_complete(self) -> None:
+        """Of the last one: when its trailers have come."""
+        self.headers, self._told = self._complete, 0
+
+
+class _Resumed:
+    """What a parser tells that begins in the middle of a message: of that head which it is given for a start nothing,
+    until it `knows`, but that the message is complete, if there is no body."""
+
+    knows = False
+
+    def __init__(self, protocol: Any) -> None:
+        for name in ("on_message_begin", "on_url", "on_header", "on_headers_complete"):
+            setattr(self, name, self._later(getattr(protocol, name)))
+        for name in ("on_body", "on_chunk_header", "on_chunk_complete", "on_message_complete"):
+            setattr(self, name, getattr(protocol, name))
+
+    def _later(self, callback: Callable[..., None]) -> Callable[..., None]:
+        def call(*given: Any) -> None:
+            if self.knows:
+                callback(*given)
+
+        return call
