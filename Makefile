@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help serve test test-all lint pytest repeat stress soak bench bench-workers bench-web clean
+.PHONY: help serve test test-all lint pytest repeat stress soak sweep bench bench-workers bench-web clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make repeat    T=tests/test_x.py N=50: one file N times, until it fails'
 	@echo 'make stress    the same while every core is kept busy'
 	@echo 'make soak      the long tests'
+	@echo 'make sweep     every system call of the master fails, in every way; ARGS="--call wait4 --phase serve", or --help'
 	@echo 'make bench     the measurements, as one table; ARGS="--quick"'
 	@echo 'make bench-workers  one program on each class of workers, as one table'
 	@echo 'make bench-web  HTTP servers for Python beside the classes wsgi and asgi, as one table'
@@ -70,6 +71,10 @@ pytest: $(BUILD)/wheel
 
 soak: $(BUILD)/wheel
 	$(BIN)/pytest -m soak $(ARGS)
+
+# 15 minutes, and strace. Started beside the package under test, not in its folder: see `pytest`.
+sweep: $(BUILD)/wheel
+	cd tests && ../$(BIN)/python -m sweep $(ARGS)
 
 T ?= tests
 N ?= 50
