@@ -6,15 +6,14 @@ cannot be imported.
 
 import argparse
 import contextlib
-import logging
 import os
 import signal
 import types
 from collections.abc import Callable, Sequence
 
 import prefork.listeners as listeners
+import prefork.logs as logs
 import prefork.master as master
-import prefork.stderr as stderr
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.options import Options, Setting, declared
@@ -23,7 +22,7 @@ from prefork.reports import WorkerExit
 from prefork.states import Stop
 from prefork.workers.child import Seat
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -31,22 +30,16 @@ _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     given = _parser().parse_args(arguments)
-    handler = stderr.Handler(stderr.Writer())
-    log.addHandler(handler)
-    log.propagate = False
-    log.setLevel(given.log_level.upper())
-    try:
-        return _serve(given)
-    except (PreforkError, OSError) as error:
-        code = error.exit_code if isinstance(error, PreforkError) else 1
-        text = f"{given.program}: {error}" if isinstance(error, ProgramError) else _plain(error)
-        handler.writer.write(f"prefork: error: {text}\n".encode("utf-8", "backslashreplace"))
-        return code
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        log.removeHandler(handler)
-        handler.writer.close()
+    with logs.operated(given.log_level):
+        try:
+            return _serve(given)
+        except (PreforkError, OSError) as error:
+            code = error.exit_code if isinstance(error, PreforkError) else 1
+            text = f"{given.program}: {error}" if isinstance(error, ProgramError) else _plain(error)
+            logs.write(f"prefork: error: {text}\n")
+            return code
+        except KeyboardInterrupt:
+            return 130
 
 
 def _plain(error: Exception) -> str:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import prefork.lifeline as lifeline
+import prefork.logs as logs
 import prefork.processes as processes
 from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Entry, Scoreboard
 from prefork.workers.child import Seat
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 Start = Callable[[Seat, Callable[[], None]], int]  # what runs in the child, given its seat and `unblock`; its exit code
 
@@ -77,7 +78,7 @@ def launch(
     """
     born = time.monotonic()
     token = os.urandom(lifeline.TOKEN)
-    beside = pipes is not None and threading.active_count() > 1
+    beside = pipes is not None and bool(processes.threads_left_behind())
     ends = lifeline.Ends.open()
     try:
         board.clear(slot)

@@ -10,7 +10,6 @@ however often it fails. It is logged, and the loop goes on slowly. The guard its
 
 import collections
 import contextlib
-import logging
 import random
 import signal
 import threading
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import prefork.lifeline as lifeline
+import prefork.logs as logs
 import prefork.policy as policy
 import prefork.pool as pool
 import prefork.processes as processes
@@ -32,9 +32,9 @@ from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Scoreboard
 from prefork.states import Phase, State, Stop
 from prefork.stop_sequence import Stage
-from prefork.workers.child import INTERRUPT, prepare, reopen_logs
+from prefork.workers.child import INTERRUPT, prepare
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 SIGNALS = (
     signal.SIGTERM,
@@ -310,7 +310,7 @@ class Master:
         elif one is signal.SIGTTOU:
             self._resize(self.pool.size - 1)
         elif one is signal.SIGUSR1:
-            reopen_logs()
+            logs.reopen()
             for hand in self._hands.values():
                 self._send(hand, signal.SIGUSR1)
 

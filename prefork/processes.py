@@ -16,6 +16,7 @@ process, not to a pool.
 import contextlib
 import errno
 import gc
+import io
 import os
 import resource  # noqa: F401  # os.wait4 imports it by itself, at a first exit: that is lost if no descriptor is left then
 import select
@@ -26,6 +27,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any
+
+import prefork.writer as writer
 
 # What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the
 # former mask one by one, at 230 us a fork with them.
@@ -253,10 +257,11 @@ def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals |
         code = main(lambda: (signal.pthread_sigmask(signal.SIG_SETMASK, mask - wanted), None)[1])
     except BaseException:
         with contextlib.suppress(BaseException):
-            traceback.print_exc()
+            writer.standard("stderr").write(traceback.format_exc().encode("utf-8", "backslashreplace"))
     finally:
         with contextlib.suppress(BaseException):
             flush()
+            writer.settle()
         os._exit(code)
 
 
@@ -272,9 +277,35 @@ def flush() -> None:
             continue
 
 
+def renew_stream(name: str) -> None:
+    """Put a new stream in the place of a standard one, if it is Python's own: what the old one keeps back belongs to
+    somebody else, or its lock is held for ever."""
+    old: Any = getattr(sys, name)
+    if old is None or old is not getattr(sys, f"__{name}__"):
+        return
+    with contextlib.suppress(Exception):
+        raw = io.FileIO(old.fileno(), "w", closefd=False)
+        setattr(
+            sys,
+            name,
+            io.TextIOWrapper(
+                raw if old.write_through else io.BufferedWriter(raw),
+                encoding=old.encoding,
+                errors=old.errors,
+                line_buffering=old.line_buffering,
+                write_through=old.write_through,
+            ),
+        )
+
+
+class OwnThread(threading.Thread):
+    """A thread of the master's own, that no child misses."""
+
+
 def threads_left_behind() -> list[str]:
     """Names of the threads that a forked child will not have."""
-    return [t.name for t in threading.enumerate() if t is not threading.current_thread()]
+    own = threading.current_thread()
+    return [t.name for t in threading.enumerate() if t is not own and not isinstance(t, OwnThread)]
 
 
 def pipes() -> set[tuple[int, int]]:

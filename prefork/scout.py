@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 import prefork.lifeline as lifeline
+import prefork.logs as logs
 import prefork.processes as processes
-import prefork.stderr as stderr
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.workers.child import set_title
 
@@ -61,7 +61,7 @@ class Scout:
 
         def main(unblock: Callable[[], None]) -> int:
             lifeline.arm(ends.lifeline_read, main_thread=main_thread)
-            stderr.replace()
+            logs.enter_child()
             for one in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
                 signal.signal(one, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)

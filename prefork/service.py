@@ -5,7 +5,6 @@ sees drains through, and has single workers serve single requests for `handle_re
 """
 
 import importlib
-import logging
 import select
 import signal
 import socket
@@ -17,9 +16,9 @@ from typing import Any
 
 import prefork.crew as crew
 import prefork.listeners as listeners
+import prefork.logs as logs
 import prefork.master as master
 import prefork.scoreboard as scoreboard
-import prefork.stderr as stderr
 import prefork.workers.chain as chain
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError
@@ -30,7 +29,7 @@ from prefork.workers.base import Worker
 from prefork.workers.child import Seat
 from prefork.workers.sync import SyncWorker
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 _FORKING = socketserver.ForkingMixIn  # programs, and tests, put PreforkMixIn in its place
 CLASSES = {
@@ -144,6 +143,7 @@ class Service:
         self._stop_requested = False
         self._master: master.Master | None = None
         self._detached: master.Master | None = None  # whose drain is seen through by a thread of its own
+        self._drains = False  # after `serve()`, in that thread
         self._thread = 0
         self._singles: list[crew.Hand] = []
         self._patience = 0.0  # of the last one, in seconds
@@ -175,20 +175,16 @@ class Service:
     def serve(self, servers: Sequence[Any], options: Options, poll_interval: float, *, stop_at_once: bool) -> None:
         self.stopped.clear()
         self._thread = threading.get_ident()
-        handler: stderr.Handler | None = None
+        self._drains = False
+        logs.begin()
         try:
-            if stop_at_once:
-                return
-            if not log.hasHandlers():
-                # logging's own last resort writes to stderr and may block for ever there.
-                handler = stderr.Handler(stderr.Writer())
-                handler.setLevel(logging.WARNING)
-                log.addHandler(handler)
-            self._serve(servers, options, poll_interval)
+            if not stop_at_once:
+                self._serve(servers, options, poll_interval)
         finally:
-            if handler is not None:
-                log.removeHandler(handler)
-                handler.writer.close()
+            if self._drains:
+                logs.wait()
+            else:
+                logs.end()
             self._stop_requested = False
             self.stopped.set()
 
@@ -229,9 +225,16 @@ class Service:
                     self._detached = running
                     running.stop()  # takes back an order to return early that came after the first
                 # A thread sees the drain through. It is no daemon: the interpreter ends after it.
-                threading.Thread(target=self._finish, args=(running,), name="prefork-drain").start()
+                threading.Thread(target=self._finish_drain, args=(running,), name="prefork-drain").start()
+                self._drains = True
             else:
                 self._finish(running)
+
+    def _finish_drain(self, running: master.Master) -> None:
+        try:
+            self._finish(running)
+        finally:
+            logs.end()
 
     def _finish(self, running: master.Master) -> None:
         if running.pids:

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prefork.logs as logs
 import prefork.processes as processes
 import prefork.server as server
+import prefork.writer as writer
 from prefork.errors import PreforkError
 
 
@@ -48,9 +50,8 @@ def _redirect(log: Path) -> None:
     sys.stdout, sys.stderr = (
         os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False) for fd in (1, 2)
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s[%(process)d] %(levelname)s: %(message)s"))
-    logging.root.handlers[:] = [handler]
+    form = "%(asctime)s %(name)s[%(process)d] %(levelname)s: %(message)s"
+    logging.root.handlers[:] = [logs.Handler(writer.Writer(2), form)]
     logging.getLogger("prefork").setLevel(logging.INFO)
 
 

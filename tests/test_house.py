@@ -16,7 +16,7 @@ KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of wo
 # A module imports only from floors below its own.
 FLOORS = (
     {"errors", "addresses", "options", "states", "reports"},
-    {"signals", "listeners", "processes", "scoreboard", "lifeline", "stderr"},
+    {"signals", "listeners", "processes", "scoreboard", "lifeline", "writer", "logs"},
     {"pool", "policy", "stop_sequence"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
     | {"workers.share", "workers.sync", "workers.filter", "workers.threaded"}
@@ -49,6 +49,8 @@ NEXT_DOOR = {
     *(("workers.polling", f"workers.{part}") for part in ("http", "response", "turns")),
     *(("workers.turns", f"workers.{part}") for part in ("child", "http")),
     ("options", "errors"),
+    ("processes", "writer"),
+    *(("logs", part) for part in ("processes", "writer")),
     ("lifeline", "processes"),
     ("listeners", "processes"),
     ("signals", "processes"),

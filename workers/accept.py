@@ -21,7 +21,6 @@ again, and the first waits for as long as this worker is busy.
 
 import contextlib
 import errno
-import logging
 import os
 import select
 import selectors
@@ -33,10 +32,11 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
+import prefork.logs as logs
 import prefork.processes as processes
 import prefork.scoreboard as scoreboard
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 Take = Callable[[], tuple[Any, Any]]
 Taken = tuple[Any, Any, Any]  # server, request, peer

@@ -3,19 +3,19 @@
 import asyncio
 import contextlib
 import functools
-import logging
 import socket
 import socketserver
 from time import monotonic
 from typing import Any
 
+import prefork.logs as logs
 import prefork.workers.coroutines as coroutines
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.gate import Gate
 from prefork.workers.loop import TURN, LoopWorker, bared
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 
 class AsyncioWorker(LoopWorker):

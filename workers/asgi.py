@@ -21,12 +21,13 @@ from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import Any
 
+import prefork.logs as logs
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL
 from prefork.workers.gate import Gate
 from prefork.workers.loop import TURN, LoopWorker, bared
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 
 class ASGIWorker(LoopWorker):

@@ -8,7 +8,6 @@ request that is past its deadline.
 
 import contextlib
 import faulthandler
-import logging
 import math
 import os
 import random
@@ -23,6 +22,7 @@ from time import monotonic
 from typing import Any
 
 import prefork.lifeline as lifeline
+import prefork.logs as logs
 import prefork.policy as policy
 import prefork.processes as processes
 import prefork.scoreboard as scoreboard
@@ -30,10 +30,10 @@ import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout
 from prefork.states import Phase
 from prefork.workers.accept import Acceptor, Taken
-from prefork.workers.child import INTERRUPT, Seat, exit_code, own_memory, reopen_logs, set_title
+from prefork.workers.child import INTERRUPT, Seat, exit_code, own_memory, set_title
 from prefork.workers.request import Request, Requests
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 UNKNOWN_THREADS = 16  # of a server that makes them itself
 
@@ -353,7 +353,7 @@ class Worker:
             os.close(null)
 
     def _on_reopen(self, signum: int, frame: types.FrameType | None) -> None:
-        reopen_logs()
+        logs.reopen()
 
     # -- life ------------------------------------------------------------------------------------------------------
 

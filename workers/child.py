@@ -4,10 +4,8 @@ about its own title, memory and logs.
 Nothing in it waits on the lifeline: when the master dies the kernel kills the child.
 """
 
-import contextlib
 import faulthandler
 import gc
-import logging
 import os
 import signal
 import sys
@@ -18,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import prefork.lifeline as lifeline
+import prefork.logs as logs
 import prefork.scoreboard as scoreboard
-import prefork.stderr as stderr
 from prefork.options import Options
 
 # The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends
@@ -58,7 +56,7 @@ def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None])
         os._exit(0)
 
     lifeline.arm(seat.lifeline_read, main_thread=seat.main_thread)
-    stderr.replace()
+    logs.enter_child()
     # The stacks of a hang (ABRT) or a crash (SIGSEGV and its like) go into the report of this worker's death.
     faulthandler.enable(file=seat.uplink_write, all_threads=True)
     for one in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH, INTERRUPT):
@@ -117,15 +115,3 @@ def set_title(title: str) -> None:
         import setproctitle
 
         setproctitle.setproctitle(title)
-
-
-def reopen_logs() -> None:
-    """Have every logging handler that holds a file open it again by name, as after a rotation."""
-    for name in ["", *logging.root.manager.loggerDict]:
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.FileHandler) and handler.stream is not None:
-                # dup2 under the stream, not close and open: this may run between two halves of a write.
-                with contextlib.suppress(OSError, ValueError):
-                    fd = os.open(handler.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                    os.dup2(fd, handler.stream.fileno(), inheritable=False)
-                    os.close(fd)

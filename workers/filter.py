@@ -13,7 +13,6 @@ it has asked a sibling as well, since nobody here waits at that moment.
 """
 
 import contextlib
-import logging
 import math
 import select
 import socket
@@ -25,11 +24,12 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
+import prefork.logs as logs
 import prefork.processes as processes
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE, Acceptor, Taken, Taker
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 NAME = "has_request"
 LOOK = 16384  # bytes that are looked at; a request that fills them is left to the handler

@@ -6,19 +6,20 @@ finds a loop that does not turn.
 
 import asyncio
 import functools
-import logging
 import socket
 import ssl
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+import prefork.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.workers.base import Worker
 from prefork.workers.request import FreeRequest, Request
 from prefork.workers.share import Share
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
+logs.get("asyncio")  # on which a loop reports what its callbacks raise
 
 TURN = 0.02  # seconds between two looks of a worker that leaves
 CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was interrupted

@@ -10,7 +10,6 @@ order them anew at each request, and an idle worker does not wake up.
 
 import contextlib
 import heapq
-import logging
 import os
 import select
 import socket
@@ -20,6 +19,7 @@ from time import monotonic
 from typing import Any
 
 import prefork.addresses as addresses
+import prefork.logs as logs
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
@@ -28,7 +28,7 @@ from prefork.workers.response import Clock, refusal
 from prefork.workers.share import ASIDE, THEIRS, Share
 from prefork.workers.turns import NEVER, Turns
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 _BATCH = 64  # events looked at between two looks at the clock
 _BRIEF = 0.0005  # seconds for each event of a turn, its wait included, up to which the next one may have a whole batch

@@ -5,7 +5,6 @@ list, the end of the stream leaves in the same segment (MSG_MORE, then close), w
 """
 
 import io
-import logging
 import os
 import re
 import select
@@ -17,10 +16,11 @@ from types import TracebackType
 from typing import Any, Protocol
 from wsgiref.handlers import format_date_time
 
+import prefork.logs as logs
 import prefork.processes as processes
 from prefork.workers.http import DONTWAIT, FAULTS, NO_BODY, Connection, Request
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 # Numbers: to join two flags of an enum takes 44 bytecodes.
 MORE = DONTWAIT | int(getattr(socket, "MSG_MORE", 0))

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+import prefork.logs as logs
 from prefork.errors import PreforkError, RequestTimeout
 from prefork.options import Options
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
@@ -27,7 +28,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 FAREWELL = 1.0  # seconds that a lifespan has, once it has said that it is over, to be over
 
@@ -173,6 +174,7 @@ class Site:
 
     def __init__(self, app: Any, worker: Accounts, given: Mapping[str, Any]) -> None:
         options = worker.options
+        logs.get("uvicorn.error")  # on which the protocols report exceptions of the application
         if logging.getLogger("uvicorn.error").level == logging.NOTSET:
             given = {"log_level": "info", **given}  # or the protocols log each connection for whoever traces
         settings: dict[str, Any] = {

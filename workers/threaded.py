@@ -12,19 +12,19 @@ wait for theirs and hold no thread.
 The main thread serves nothing. It waits for the end, and so is always free for a signal.
 """
 
-import logging
 import queue
 import signal
 import threading
 from time import monotonic
 from typing import Any
 
+import prefork.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.workers.base import Worker
 from prefork.workers.child import INTERRUPT
 from prefork.workers.filter import Filter, check_of
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 _HUNG = RequestTimeout("of a request in a thread")  # among the ends: it is not one, but may keep one from being seen
 

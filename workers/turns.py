@@ -28,7 +28,6 @@ What fails: an exception in serving is logged, and its thread goes on; what the 
 listener) ends the main thread's `run()`. A child that the application forks ends with the call that it was made in.
 """
 
-import logging
 import os
 import queue
 import threading
@@ -36,11 +35,12 @@ from collections import deque
 from time import monotonic
 from typing import Protocol
 
+import prefork.logs as logs
 import prefork.processes as processes
 from prefork.workers.child import exit_code
 from prefork.workers.http import Connection
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 NEVER = float("inf")
 

@@ -4,7 +4,6 @@ How it waits is in `polling`, what it understands in `http`, what it answers in 
 """
 
 import contextlib
-import logging
 import select
 import socket
 import struct
@@ -14,6 +13,7 @@ from io import BufferedReader, BytesIO
 from time import monotonic
 from typing import Any
 
+import prefork.logs as logs
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
         raise
     raise OptionError("worker_class: wsgi needs httptools; pip install 'prefork[wsgi]'") from None
 
-log = logging.getLogger("prefork")
+log = logs.get("prefork")
 
 
 class WSGIWorker(PollingWorker):

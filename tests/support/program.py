@@ -46,6 +46,8 @@ class Program:
         env: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
         stderr: int | None = None,
+        stdout: int | None = None,
+        closed: Iterable[int] = (),
         stdin: bool = False,
         limits: Mapping[int, int] | None = None,
         directory: Path | None = None,
@@ -80,18 +82,20 @@ class Program:
         def limit() -> None:
             for which, value in (limits or {}).items():
                 resource.setrlimit(which, (value, value))
+            for fd in closed:
+                os.close(fd)
 
         self.begun = time.monotonic()
         with self.out_path.open("ab") as out, self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.argv,
                 stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-                stdout=out,
+                stdout=out if stdout is None else stdout,
                 stderr=log if stderr is None else stderr,
                 cwd=self.work,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=limit if limits else None,
+                preexec_fn=limit if limits or closed else None,
             )
         self.pid = self.process.pid
 
