@@ -379,6 +379,26 @@ def _reopen(fd: int, path: str) -> None:
         os.close(new)
 
 
+class AccessFile:
+    """Where access lines go: a file, or (`-`) standard output. It does not wait, and no configuration of logging
+    reaches it.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._writer = writer.standard("stdout", "access lines") if path == "-" else writer.Writer(path, "access lines")
+        self._say_at = 0.0
+
+    def write(self, line: str) -> None:
+        if not self._writer.write(line.encode("utf-8", "backslashreplace")) and monotonic() >= self._say_at:
+            self._say_at = monotonic() + 60.0
+            get("prefork").warning("access lines are dropped: %s: %s", self._writer.where, self._writer.reason)
+
+
 # -- the thread for handlers of the program ----------------------------------------------------------------------------
 
 

@@ -1,18 +1,13 @@
-"""The access log of the worker class `wsgi`: the combined format, one write a line, on the logger `prefork.access`.
+"""The access log of the worker class `wsgi`: the combined format, one write per line.
 
-Each worker opens the file for itself and appends: lines of several workers do not mix. A rotation is followed by USR1,
-as for every FileHandler.
+Each worker opens the file for itself and appends: lines of several workers do not mix. USR1 opens it again.
 """
 
-import logging
-import sys
 import time
-from typing import Any
 
+from prefork.logs import AccessFile
 from prefork.workers.http import Connection
 from prefork.workers.response import Response
-
-log = logging.getLogger("prefork.access")
 
 _LINE = 200  # characters of a first line that was refused
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 34, 92, *range(127, 256))}
@@ -28,41 +23,29 @@ class AccessLog:
     """
 
     def __init__(self, path: str) -> None:
-        handler: Any = logging.StreamHandler(sys.stdout) if path == "-" else logging.FileHandler(path)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.handlers[:] = [handler]
-        log.propagate = False
-        log.setLevel(logging.INFO)
+        self._file = AccessFile(path)
         self._second = 0
         self._when = ""
 
     def write(self, connection: Connection, request: Response) -> None:
         environ, peer = request.environ, connection.peer
-        log.info(
-            '%s - - %s "%s %s %s" %s %d "%s" "%s"',
-            peer[0] if isinstance(peer, tuple) else "-",
-            self._time(),
-            request.method,
-            request.target.decode("latin-1").replace('"', "%22"),
-            "HTTP/1.1" if request.http11 else "HTTP/1.0",
-            request.status[:3] or "-",
-            request.sent,
-            _quoted(environ.get("HTTP_REFERER")),
-            _quoted(environ.get("HTTP_USER_AGENT")),
+        host = peer[0] if isinstance(peer, tuple) else "-"
+        target = request.target.decode("latin-1").replace('"', "%22")
+        version = "HTTP/1.1" if request.http11 else "HTTP/1.0"
+        referer, agent = _quoted(environ.get("HTTP_REFERER")), _quoted(environ.get("HTTP_USER_AGENT"))
+        self._file.write(
+            f'{host} - - {self._time()} "{request.method} {target} {version}" {request.status[:3] or "-"} '
+            f'{request.sent} "{referer}" "{agent}"\n'
         )
 
     def refuse(self, connection: Connection, size: int) -> None:
         """One for what came to no request: its first line as far as it is known, and an answer of the server's own."""
         environ, peer = connection.head, connection.peer
-        log.info(
-            '%s - - %s "%s" %d %d "%s" "%s"',
-            peer[0] if isinstance(peer, tuple) else "-",
-            self._time(),
-            _quoted(connection.line[:_LINE]),
-            connection.fault,
-            size,
-            _quoted(environ.get("HTTP_REFERER")),
-            _quoted(environ.get("HTTP_USER_AGENT")),
+        host = peer[0] if isinstance(peer, tuple) else "-"
+        referer, agent = _quoted(environ.get("HTTP_REFERER")), _quoted(environ.get("HTTP_USER_AGENT"))
+        self._file.write(
+            f'{host} - - {self._time()} "{_quoted(connection.line[:_LINE])}" {connection.fault} {size} '
+            f'"{referer}" "{agent}"\n'
         )
 
     def _time(self) -> str:

@@ -12,11 +12,9 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import logging
 import select
 import socket
 import socketserver
-import sys
 from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import Any
@@ -63,8 +61,7 @@ class ASGIWorker(LoopWorker):
     _left_at = 0.0
 
     def setup(self) -> None:
-        if self.options.access_log:
-            log_accesses(self.options.access_log)
+        self._accesses = logs.AccessFile(self.options.access_log) if self.options.access_log else None
         self._runner.run(self._start())
 
     async def _start(self) -> None:
@@ -76,7 +73,7 @@ class ASGIWorker(LoopWorker):
         for server in self.servers:
             app = server.RequestHandlerClass
             if id(app) not in self._sites:
-                site = Site(app, self, self.uvicorn_options)
+                site = Site(app, self, self.uvicorn_options, self._accesses)
                 site.state.connections, site.state.tasks = self._connections, self._tasks
                 await site.lifespan.start()
                 self._sites[id(app)] = site
@@ -272,13 +269,3 @@ def check_application(app: Any) -> None:
         f"RequestHandlerClass: {app!r} is no ASGI application: it cannot be called with (scope, receive, send); a WSGI "
         "application takes worker_class wsgi"
     )
-
-
-def log_accesses(where: str) -> None:
-    """Send uvicorn's access log to a file, which USR1 opens again, or (-) to standard output."""
-    handler = logging.StreamHandler(sys.stdout) if where == "-" else logging.FileHandler(where)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    accesses = logging.getLogger("uvicorn.access")
-    accesses.setLevel(logging.INFO)
-    accesses.addHandler(handler)
-    accesses.propagate = False

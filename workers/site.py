@@ -72,6 +72,20 @@ class Connections(set[Any]):
         self._fewer()
 
 
+class AccessLog:
+    """Stands in the place of the logger on which uvicorn's protocols log each answer."""
+
+    def __init__(self, file: logs.AccessFile) -> None:
+        self._file, self._second, self._when = file, 0, ""
+
+    def info(self, message: str, *arguments: object, **others: object) -> None:
+        now = time.time()
+        if int(now) != self._second:
+            self._second = int(now)
+            self._when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        self._file.write(f"{self._when},{int(now % 1 * 1000):03d} {message % arguments}\n")
+
+
 class State(ServerState):
     """What the protocols of a site share. The Date header is made when it is asked for, so that nothing ticks."""
 
@@ -170,11 +184,16 @@ class Site:
     ----------
     given
         What `uvicorn.Config` is to be told beside what follows from the options.
+    accesses
+        The access log, if there is to be one.
     """
 
-    def __init__(self, app: Any, worker: Accounts, given: Mapping[str, Any]) -> None:
+    def __init__(
+        self, app: Any, worker: Accounts, given: Mapping[str, Any], accesses: logs.AccessFile | None = None
+    ) -> None:
         options = worker.options
         logs.get("uvicorn.error")  # on which the protocols report exceptions of the application
+        self._accesses = accesses and AccessLog(accesses)
         if logging.getLogger("uvicorn.error").level == logging.NOTSET:
             given = {"log_level": "info", **given}  # or the protocols log each connection for whoever traces
         settings: dict[str, Any] = {
@@ -204,6 +223,8 @@ class Site:
             config=self.config, server_state=self.state, app_state=self.lifespan.state, _loop=self._loop
         )
         made.prefork_since = monotonic()  # type: ignore[attr-defined]
+        if self._accesses is not None:
+            made.access_log, made.access_logger = True, self._accesses  # type: ignore[attr-defined]
         return made
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> Any:
