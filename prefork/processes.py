@@ -15,6 +15,7 @@ process, not to a pool.
 
 import contextlib
 import errno
+import fcntl
 import gc
 import io
 import os
@@ -23,6 +24,7 @@ import select
 import signal
 import stat
 import sys
+import termios
 import threading
 import traceback
 import warnings
@@ -219,7 +221,7 @@ def _fork(main: Callable[[Callable[[], None]], int], freeze: bool) -> int:
     thaw = freeze and gc.get_freeze_count() < 1000
     collecting = gc.isenabled()
     try:
-        flush()
+        flushed = flush()
         gc.disable()
         if freeze:
             gc.freeze()
@@ -231,6 +233,8 @@ def _fork(main: Callable[[Callable[[], None]], int], freeze: bool) -> int:
         if pid == 0:
             if collecting:
                 gc.enable()
+            if not flushed:
+                renew_stream("stdout")
             _child(main, mask)
     finally:
         if collecting:
@@ -260,20 +264,51 @@ def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals |
             writer.standard("stderr").write(traceback.format_exc().encode("utf-8", "backslashreplace"))
     finally:
         with contextlib.suppress(BaseException):
-            flush()
+            _flush_finally()
             writer.settle()
         os._exit(code)
 
 
-def flush() -> None:
-    """Flush stdout and stderr, but where that could block: a reader that sleeps must not stop the pool."""
+# -- the standard streams ----------------------------------------------------------------------------------------------
+
+
+def flush() -> bool:
+    """Flush stdout and stderr where that cannot block: a reader that sleeps must not stop the pool. Whether nothing of
+    stdout is left in this process for want of room."""
+    return [_flush(stream) for stream in (sys.stderr, sys.stdout)][1]
+
+
+def _flush(stream: Any) -> bool:
+    try:
+        if not _has_room(stream.fileno()):
+            return False
+        stream.flush()
+    except Exception:  # there is none, or whatever a program has put there
+        return True
+    return True
+
+
+def _has_room(fd: int) -> bool:
+    """Whether all that a stream may keep back can be written now."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if not poll.poll(0):
+        return False
+    # Of a pipe that means a page, and a stream keeps more.
+    return not stat.S_ISFIFO(os.fstat(fd).st_mode) or fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) == bytes(4)
+
+
+def _flush_finally() -> None:
+    """At the end of a child: flush what there is room for, and leave the rest."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            poll = select.poll()
-            poll.register(stream.fileno(), select.POLLOUT)
-            if poll.poll(0):
-                stream.flush()
-        except Exception:  # whatever a program has put there
+            fd = stream.fileno()
+            if not _has_room(fd):
+                # In this process alone: its end is near.
+                own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+                os.dup2(own, fd)
+            stream.flush()
+        except Exception:  # full, or whatever a program has put there
             continue
 
 
@@ -296,6 +331,9 @@ def renew_stream(name: str) -> None:
                 write_through=old.write_through,
             ),
         )
+
+
+# -- what a child does not have, or must not ---------------------------------------------------------------------------
 
 
 class OwnThread(threading.Thread):

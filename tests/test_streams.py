@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Start, path_of_modules
-from support import Address, Program, ask, until, within
+from programs2.scripts import Start, launch, path_of_modules
+from support import Address, Program, ask, patterns, until, within
 from support.pipes import drained, fill, pipe
 from support.web import Web
 
@@ -238,4 +238,53 @@ def test_standard_error_is_full(start: Start, kind: str) -> None:
         else:
             check_serves(address, path="/own")
         assert program.wait_ready(2) == workers
+        check_stops(program)
+
+
+# -- what a program prints itself --------------------------------------------------------------------------------------
+
+PRINTS = """
+class Handler(Handler):
+    def answer(self, order):
+        print("x" * int(order or 0), end="")
+        return "done"
+
+class Server(prefork.PreforkTCPServer):
+    workers = 2
+
+print("y" * 5000, end="")
+with Server(("127.0.0.1", 0), Handler) as server:
+    server.serve_forever()
+"""
+
+
+def test_output_that_is_kept_back(start: Start) -> None:
+    """What a program has printed, and its stream keeps back, holds up neither master nor workers where nobody reads it,
+    and is there once afterwards."""
+    with pipe() as (reader, end):
+        fill(end)
+        taken = os.read(reader, 4096)  # room for less than the 5000 bytes that the program keeps back
+        program = launch(start, PRINTS, stdout=end, env={"PYTHONUNBUFFERED": ""}).ready()
+        for _ in range(4):
+            assert ask(program.address, "1000").result == "done"
+        victims = program.wait_ready(2)
+        program.kill_workers(*victims)
+        program.wait_ready(2, without=victims)
+        assert taken
+        drained(reader)
+        check_stops(program)
+        assert drained(reader).count(b"y") == 5000
+
+
+def test_output_of_a_worker_that_leaves(start: Start) -> None:
+    """What the stream of a worker keeps back when it leaves is written as far as there is room, and not waited for."""
+    with pipe() as (reader, end):
+        program = launch(start, PRINTS, stdout=end, env={"PYTHONUNBUFFERED": ""}).ready()
+        program.wait_ready(2)
+        drained(reader)
+        assert ask(program.address, "6000").result == "done"
+        fill(end)
+        os.read(reader, 4096)
+        program.send(signal.SIGTTOU)
+        program.wait_for(patterns.LEFT)
         check_stops(program)
