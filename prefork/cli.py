@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import prefork.listeners as listeners
 import prefork.logs as logs
 import prefork.master as master
+import prefork.processes as processes
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.options import Options, Setting, declared
@@ -29,6 +30,7 @@ _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    processes.fill_standard()
     given = _parser().parse_args(arguments)
     with logs.operated(given.log_level):
         try:

@@ -326,10 +326,11 @@ def operated(level: str) -> Iterator[None]:
 
 
 def enter_child() -> None:
-    """In a new child: none of the standard streams that it inherits makes it wait. What the program has put in the
-    place of `sys.stderr` is left alone."""
+    """In a new child: it has the standard streams, and none that it inherits makes it wait. What the program has put in
+    the place of `sys.stderr` is left alone."""
     global _is_child
     _is_child = True
+    processes.fill_standard()
     if _forking.stuck:
         processes.renew_stream("stdout")
     for handler in handlers():

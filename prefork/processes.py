@@ -22,6 +22,7 @@ import os
 import resource  # noqa: F401  # os.wait4 imports it by itself, at a first exit: that is lost if no descriptor is left then
 import select
 import signal
+import socket
 import stat
 import sys
 import termios
@@ -270,6 +271,57 @@ def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals |
 
 
 # -- the standard streams ----------------------------------------------------------------------------------------------
+
+
+def fill_standard() -> None:
+    """See to it that 0, 1 and 2 are open, on /dev/null where nothing else is (daemon(3)), and `sys` has its streams.
+
+    A process may be started without them. The next file or connection would get such a number, and with it what anybody
+    writes to standard error.
+    """
+    if not all(map(_is_open, range(3))):
+        while (fd := _nowhere()) <= 2:  # the lowest number that is free
+            os.set_inheritable(fd, True)
+        os.close(fd)
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is not None and not getattr(stream, "closed", False):
+            continue
+        # Python opens nothing that an exec inherits: such a number belongs to a file or a listener of the program.
+        to = fd if os.get_inheritable(fd) else _nowhere()
+        new = open(to, "w" if fd else "r", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+
+
+def lift(sock: socket.socket) -> None:
+    """Give a socket of the program's that has got one of these numbers another, and the number to /dev/null. The object
+    stays the same."""
+    fd = sock.fileno()
+    if 0 <= fd <= 2:
+        timeout, new = sock.gettimeout(), fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        family, kind, proto = sock.family, sock.type, sock.proto
+        sock.detach()
+        socket.socket.__init__(sock, family, kind, proto, new)
+        sock.settimeout(timeout)
+        null = _nowhere()
+        os.dup2(null, fd)
+        os.close(null)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _nowhere() -> int:
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError:  # a root directory without /dev; nothing goes through a socket that has no other end
+        return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()
 
 
 def flush() -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import prefork.listeners as listeners
+import prefork.processes as processes
 import prefork.workers.chain as chain
 from prefork.errors import OptionError
 from prefork.options import Options, Settings
@@ -156,10 +157,12 @@ class PreforkMixIn(Settings):
 
         If none comes, `handle_timeout()` is called.
         """
+        processes.fill_standard()
         pool = service_of(self)
         if worker_class(self.worker_class).application:
             raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
         options = check([self], SyncWorker)  # which serves single requests, whatever the pool's worker_class is
+        processes.lift(self.socket)
         pool.reap_singles()
         if self._spent or self._held:
             listener = listeners.Listener(renewed(self), held=self._held)
@@ -248,8 +251,11 @@ def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None
     OptionError, BootError
         as `serve_forever()` does.
     """
+    processes.fill_standard()
     try:
         options = check(servers)
+        for server in servers:
+            processes.lift(server.socket)  # type: ignore[attr-defined]
     except BaseException:
         for server in servers:
             service_of(server).stopped.set()  # a shutdown() that waits for this loop waits for nothing

@@ -334,6 +334,7 @@ def renewed(server: Any) -> socket.socket:
 
 def seated(kind: type[Worker], servers: Sequence[Any], seat: Seat) -> Worker:
     """In the child: a worker around its own copy of the servers."""
+    logs.enter_child()  # again: a program may have closed some when it was imported
     worker = kind(servers, seat)
     for server in servers:
         server.worker, server._pool = worker, None

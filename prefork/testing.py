@@ -99,6 +99,7 @@ class Pool:
     def __init__(
         self, serve: Any, handler: Any, address: Any, timeout: float, allow: Iterable[str], settings: dict[str, Any]
     ) -> None:
+        processes.fill_standard()  # for the numbers of the pipes below
         self.timeout = timeout
         self.exit_code: int | None = None
         self._allowed = list(allow)
