@@ -280,7 +280,7 @@ def fill_standard() -> None:
     writes to standard error.
     """
     if not all(map(_is_open, range(3))):
-        while (fd := _nowhere()) <= 2:  # the lowest number that is free
+        while (fd := nowhere()) <= 2:  # the lowest number that is free
             os.set_inheritable(fd, True)
         os.close(fd)
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
@@ -288,7 +288,7 @@ def fill_standard() -> None:
         if stream is not None and not getattr(stream, "closed", False):
             continue
         # Python opens nothing that an exec inherits: such a number belongs to a file or a listener of the program.
-        to = fd if os.get_inheritable(fd) else _nowhere()
+        to = fd if os.get_inheritable(fd) else nowhere()
         new = open(to, "w" if fd else "r", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
@@ -304,7 +304,7 @@ def lift(sock: socket.socket) -> None:
         sock.detach()
         socket.socket.__init__(sock, family, kind, proto, new)
         sock.settimeout(timeout)
-        null = _nowhere()
+        null = nowhere()
         os.dup2(null, fd)
         os.close(null)
 
@@ -315,13 +315,6 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _nowhere() -> int:
-    try:
-        return os.open(os.devnull, os.O_RDWR)
-    except OSError:  # a root directory without /dev; nothing goes through a socket that has no other end
-        return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()
 
 
 def flush() -> bool:
