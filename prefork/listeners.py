@@ -109,8 +109,7 @@ class Listener:
     def close(self) -> None:
         """Give the master's own descriptor back."""
         if os.getpid() == self._owner and self.socket.fileno() >= 0:
-            processes.forget([self.socket.fileno()])
-            self.socket.close()
+            processes.close([self.socket.detach()])
 
     def __del__(self) -> None:
         # One that nobody closed must not leave its number among the private descriptors: it will be somebody else's.

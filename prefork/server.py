@@ -5,6 +5,7 @@ chain of `get_request`, `verify_request`, `process_request`, `finish_request`, `
 in the workers, on their own copy of the server.
 """
 
+import contextlib
 import os
 import selectors
 import socket
@@ -150,6 +151,8 @@ class PreforkMixIn(Settings):
             self._pool.close(self.block_on_close)
         if self._claim is not None and self.worker is None:
             self._unclaim()
+        with contextlib.suppress(OSError):  # of close(2): the descriptor is gone whatever it says
+            self.socket.close()
         super().server_close()  # type: ignore[misc]
 
     def handle_request(self) -> None:

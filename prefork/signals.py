@@ -90,9 +90,9 @@ class Inbox:
     def close(self) -> None:
         """Give the descriptors back."""
         processes.forget(self._own)
-        self._selector.close()
-        self._receiver.close()
-        self._sender.close()
+        for each in (self._selector, self._receiver, self._sender):
+            with contextlib.suppress(OSError):  # the descriptor is gone whatever close(2) says
+                each.close()
 
     def _note(self, signum: int, frame: object) -> None:
         self._pending.append(signal.Signals(signum))
