@@ -1,7 +1,6 @@
 """One worker as the master holds it: process, pipes, slot; how it is made, and the report of its end."""
 
 import logging
-import os
 import random
 import threading
 import time
@@ -77,7 +76,7 @@ def launch(
         EMFILE, ENFILE, EAGAIN, ENOMEM: nothing was left open.
     """
     born = time.monotonic()
-    token = os.urandom(lifeline.TOKEN)
+    token = random.randbytes(lifeline.TOKEN)  # against accidents: whoever runs in the worker can read it anyway
     beside = pipes is not None and bool(processes.threads_left_behind())
     ends = lifeline.Ends.open()
     try:

@@ -75,7 +75,7 @@ ERRORS = {
     "chdir": "ENOENT",
     "unlink": "EACCES EROFS",
     "unlinkat": "EACCES EROFS",
-    "flock": "EINTR ENOLCK EAGAIN",
+    "flock": "EINTR ENOLCK",
     "chmod": "EPERM",
     # memory
     "mmap": "ENOMEM",
