@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import prefork
+import prefork.logs as logs
 from programs2.scripts import Start, launch, path_of_modules
 from support import Address, Program, ask, patterns, until, within
 from support.pipes import drained, fill, pipe
@@ -394,6 +395,69 @@ def records() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
+
+
+class Held(logging.Handler):
+    """Takes nothing before it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.given = threading.Event(), list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.free.wait(20)
+        self.given.append(record.getMessage())
+
+
+def background() -> logs.Background:
+    assert logs._background is not None
+    return logs._background
+
+
+@contextlib.contextmanager
+def held() -> Iterator[tuple[logging.Logger, Held]]:
+    """A logger of prefork's in a process in which a master runs, and a handler of it."""
+    logger, handler = logs.get("prefork"), Held()
+    logger.addHandler(handler)
+    logs.begin()
+    try:
+        yield logger, handler
+    finally:
+        handler.free.set()
+        logs.end()
+        logger.removeHandler(handler)
+
+
+def test_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue for slow handlers is bounded; what was dropped is said with the next record that fits."""
+    monkeypatch.setattr(logs, "LIMIT", 3)
+    monkeypatch.setattr(logs, "STUCK", 60.0)
+    with held() as (logger, handler):
+        logger.error("0")
+        until(lambda: background()._since > 0.0)
+        for number in range(1, 10):
+            logger.error("%d", number)
+        handler.free.set()
+        until(lambda: handler.given == ["0", "1", "2", "3"])
+        logger.error("10")
+    assert handler.given[4:] == ["logging: 6 records were dropped, handlers of the program are too slow", "10"]
+
+
+def test_handler_that_returns_after_all(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A handler that returns late gets the records that come then; those in between were on standard error."""
+    monkeypatch.setattr(logs, "STUCK", 0.05)
+    with held() as (logger, handler):
+        logger.error("first")
+        until(lambda: background().is_stuck)
+        logger.error("second")
+        logger.error("third")
+        handler.free.set()
+        until(lambda: handler.given == ["first"])
+        until(lambda: background()._since == 0.0)
+        logger.error("fourth")
+    assert handler.given == ["first", "fourth"]
+    note, second, third = capfd.readouterr().err.splitlines()
+    assert "has not returned for 0.05 s" in note and second.endswith("second") and third.endswith("third")
 
 
 @pytest.mark.parametrize("block", [True, False])
