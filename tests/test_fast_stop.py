@@ -9,6 +9,7 @@ import pytest
 
 from programs2.scripts import Start, launch, path_of_modules, rest
 from support import Address, Program, dial, elapse, patterns, until, within
+from support.clients import queued
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -96,15 +97,6 @@ STOPS = {
     "has_request, waiting": ("thread", (), "Filtered", (SILENT, HALF_HEAD)),
     "asyncio, in hand": ("asyncio", (), "Coroutine", (SILENT, HALF_HEAD, SLOW)),
 }
-
-
-def queued(address: Address) -> int:
-    """How many clients nobody has accepted yet, as the kernel shows the length of a listener's queue."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, state, queues, *_ = line.split()
-        if state == "0A" and int(local.partition(":")[2], 16) == address.port:
-            return int(queues.partition(":")[2], 16)
-    raise AssertionError(f"nobody listens at {address}")
 
 
 def client(address: Address, stack: ExitStack, sent: bytes, answered: bool) -> None:

@@ -41,7 +41,7 @@ NEXT_DOOR = {
     ("workers.asgi", "workers.site"),
     *(("workers.site", f"workers.{part}") for part in ("protocols", "request")),
     *(("workers.gate", f"workers.{part}") for part in ("accept", "share")),
-    *(("workers.loop", f"workers.{part}") for part in ("request", "base", "share")),
+    *(("workers.loop", f"workers.{part}") for part in ("accept", "request", "base", "share")),
     *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),
     ("workers.response", "workers.http"),
     *(("workers.access", f"workers.{part}") for part in ("http", "response")),

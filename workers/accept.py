@@ -41,7 +41,9 @@ log = logs.get("prefork")
 Take = Callable[[], tuple[Any, Any]]
 Taken = tuple[Any, Any, Any]  # server, request, peer
 
-FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# The system has no room, which may pass: for a descriptor, or (ENOSPC, ENOMEM) for one more that an epoll waits for.
+FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC)
+_NO_WATCH = "the user waits for as much as fs.epoll.max_user_watches allows"  # epoll_ctl(2); errno tells of a full disk
 PAUSE = 0.05  # seconds without accepting while the system is full
 ROOM = 0.002  # seconds between two looks whether a client has made room for an answer
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
@@ -83,6 +85,7 @@ class Acceptor:
         self._wait: Callable[[], list[int]] | None = None
         self._ready: list[int] = []
         self._looks: list[list[int]] | None = None
+        self._outside: set[int] = set()  # what the epoll of `take()` should wait for, and has no room for
         if len(servers) == 1:
             self._null = processes.nowhere()
         else:
@@ -137,12 +140,13 @@ class Acceptor:
         # ECONNABORTED, EPROTO, a failed handshake: that client is gone, the next one is not.
         return False
 
-    def say_full(self, error: OSError) -> None:
+    def say_full(self, error: OSError, cannot: str = "accept", then: str = "it pauses and tries again") -> None:
         """Log, at most once a second, that the system has no room for another connection."""
         now = monotonic()
         if now - self._said >= 1.0:
             self._said = now
-            log.warning("worker %d cannot accept: %s; it pauses and tries again", self._worker.slot, error.strerror)
+            why = _NO_WATCH if error.errno == errno.ENOSPC else error.strerror
+            log.warning("worker %d cannot %s: %s; %s", self._worker.slot, cannot, why, then)
 
     # -- several listeners -----------------------------------------------------------------------------------------
 
@@ -154,7 +158,8 @@ class Acceptor:
                     return taken
                 if not self._ready and self._epoll is not None:
                     # Who was faster was perhaps woken for another listener, and nobody else will be for that one.
-                    self.look_again(self._epoll)
+                    for fd in self.fds:
+                        self._queue_up(fd)
             if not self._worker.draining:
                 self._ready = [fd for fd in self._wait() if fd in self._takers]
         return self._last()
@@ -187,8 +192,34 @@ class Acceptor:
             time.sleep(PAUSE)
             return None
         if taken and self._epoll is not None:
-            self.step_back(self._epoll, fd)
+            self._queue_up(fd)
+            if fd in self._outside:
+                self._ready.append(fd)
         return taken
+
+    def _queue_up(self, fd: int) -> None:
+        """`step_back()` in the epoll of `take()`. A listener that it has no room for is asked without being waited for
+        until there is some."""
+        assert self._epoll is not None
+        try:
+            self.step_back(self._epoll, fd)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.say_full(error, "wait for a listener", "it looks at times, and tries again")
+            self._outside.add(fd)
+        else:
+            self._outside.discard(fd)
+
+    def _wait_exclusively(self) -> list[int]:
+        assert self._epoll is not None
+        if not self._outside:
+            return [fd for fd, _ in self._epoll.poll()]
+        ready = [fd for fd, _ in self._epoll.poll(PAUSE)]
+        outside = list(self._outside)
+        for fd in outside:
+            self._queue_up(fd)
+        return [*ready, *outside]
 
     _epoll: "select.epoll | None" = None
 
@@ -202,10 +233,12 @@ class Acceptor:
                 os.write(sender, b"\0")
 
         if _EXCLUSIVE:
-            self._epoll = epoll = select.epoll()
-            self.poll_with(epoll)
-            epoll.register(receiver, select.EPOLLIN)
-            return (lambda: [fd for fd, _ in epoll.poll()]), wake
+            self._epoll = select.epoll()
+            self._epoll.register(receiver, select.EPOLLIN)
+            for fd in self.in_turn():
+                os.set_blocking(fd, False)
+                self._queue_up(fd)
+            return self._wait_exclusively, wake
         selector = selectors.DefaultSelector()
         for fd in [*self.fds, receiver]:
             selector.register(fd, selectors.EVENT_READ)
@@ -222,10 +255,19 @@ class Acceptor:
         """Wait for the listeners with an epoll of one's own, so that one connection wakes one worker.
 
         Take in the order of its report, and at least the first: for that one nobody else was woken.
+
+        Raises
+        ------
+        OSError
+            One of `FULL`: the epoll waits for none of them now; wait `PAUSE` seconds, `say_full()`.
         """
-        for fd in self.in_turn():
-            os.set_blocking(fd, False)
-            self.join(epoll, fd)
+        try:
+            for fd in self.in_turn():
+                os.set_blocking(fd, False)
+                self.join(epoll, fd)
+        except OSError:
+            self.poll_without(epoll)
+            raise
 
     def take_bare(self, server: Any) -> None:
         """Have `try_take()` give out connections of this server as `socket.SocketType`, 0.3 us cheaper than the class
@@ -247,16 +289,29 @@ class Acceptor:
     def poll_without(self, epoll: "select.epoll") -> None:
         """Wait for them no more."""
         for fd in self.fds:
-            epoll.unregister(fd)
+            with contextlib.suppress(OSError):  # one that is not there, or that the program has closed
+                epoll.unregister(fd)
 
     def step_back(self, epoll: "select.epoll", fd: int) -> None:
-        """After a take: let every other worker have its turn first."""
-        epoll.unregister(fd)
+        """After a take: let every other worker have its turn first.
+
+        Raises
+        ------
+        OSError
+            One of `FULL`: the epoll may wait for it no more; `poll_without()`, and so on as for `poll_with()`.
+        """
+        try:  # noqa: SIM105  a context manager is dearer than the call; below, too
+            epoll.unregister(fd)
+        except FileNotFoundError:
+            pass  # there was no room for it
         self.join(epoll, fd)
 
     def join(self, epoll: "select.epoll", fd: int) -> None:
-        """To the end of the kernel's line, for who is not in it."""
-        epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
+        """To the end of the kernel's line, for who is not in it. Raises what `step_back()` does."""
+        try:  # noqa: SIM105
+            epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
+        except FileExistsError:
+            pass  # it could not be taken out
 
     def look_again(self, epoll: "select.epoll") -> None:
         """After a take that came too late: have the next wait find what is queued at any listener."""
@@ -269,7 +324,7 @@ class Acceptor:
         Raises
         ------
         OSError
-            EMFILE, ENFILE, ENOBUFS, ENOMEM (all in `FULL`): wait `PAUSE` seconds, `say_full()`. Others: the program has
+            One of `FULL`: wait `PAUSE` seconds, `say_full()`. Others: the program has
             closed the listener.
         """
         server, take = self._takers[fd]

@@ -139,7 +139,7 @@ class Filter:
         self._epoll = select.epoll()
         if not worker.draining:  # else the listener may be gone
             self._epoll.register(worker.drain_fd, select.EPOLLIN)
-            acceptor.poll_with(self._epoll)
+            self._accept_again()
             self._listeners = frozenset(acceptor.fds)
 
     def leave(self) -> None:
@@ -166,9 +166,8 @@ class Filter:
                 wait = self._due - now
             if self._resume_at:
                 if now >= self._resume_at:
-                    self._resume_at = 0.0
-                    self._acceptor.poll_with(self._epoll)
-                else:
+                    self._accept_again()
+                if self._resume_at:
                     wait = PAUSE
         for fd, events in self._epoll.poll(wait, 1):
             if fd in self._waiting:
@@ -181,6 +180,13 @@ class Filter:
         acceptor, found = self._acceptor, None
         try:
             taken = acceptor.try_take(fd)
+        except OSError as error:
+            if error.errno in FULL:
+                acceptor.say_full(error)
+                return self._make_room()
+            self._end(error)
+            return None
+        try:
             if taken:
                 found = self._welcome(taken)
                 acceptor.step_back(self._epoll, fd)
@@ -190,20 +196,38 @@ class Filter:
                 # Who was faster was perhaps woken for another listener, and nobody else will be for that one.
                 acceptor.look_again(self._epoll)
         except OSError as error:
-            if error.errno in FULL and found is None:
+            if error.errno in FULL:
                 acceptor.say_full(error)
-                return self._make_room()
-            self._listeners = frozenset()
-            self._unregister(acceptor.fds)
-            self._failed(error)
+                self._pause()
+            else:
+                self._end(error)
         return found
+
+    def _end(self, error: OSError) -> None:
+        """The program has closed a listener."""
+        self._listeners = frozenset()
+        self._acceptor.poll_without(self._epoll)
+        self._failed(error)
 
     def _make_room(self) -> Taken | None:
         if self._first_is_old():
             return self._drop_first()
+        self._pause()
+        return None
+
+    def _pause(self) -> None:
         self._acceptor.poll_without(self._epoll)
         self._resume_at = monotonic() + PAUSE
-        return None
+
+    def _accept_again(self) -> None:
+        self._resume_at = 0.0
+        try:
+            self._acceptor.poll_with(self._epoll)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._acceptor.say_full(error)
+            self._resume_at = monotonic() + PAUSE
 
     # -- connections that wait -------------------------------------------------------------------------------------
 
@@ -274,7 +298,7 @@ class Filter:
 
     def _remove(self, fd: int) -> None:
         del self._waiting[fd]
-        self._epoll.unregister(fd)  # by hand, as it would stay where a forked process has a copy
+        self._unregister([fd])  # by hand, as it would stay where a forked process has a copy
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -318,7 +342,7 @@ class Filter:
 
     def _unregister(self, fds: list[int]) -> None:
         for fd in fds:
-            with contextlib.suppress(OSError):  # that the program has closed
+            with contextlib.suppress(OSError):  # one that is not there, or that the program has closed
                 self._epoll.unregister(fd)
 
 

@@ -13,6 +13,7 @@ Without an epoll that can be reached the herd wakes up, and the kernel's answer 
 """
 
 import asyncio
+import contextlib
 import os
 import select
 import selectors
@@ -90,12 +91,22 @@ class Gate:
             self._is_open = wanted
             for fd in self._acceptor.in_turn() if wanted else self._acceptor.fds:
                 if wanted:
-                    self._loop.add_reader(fd, self._ready, fd)
+                    self._take_out(fd)  # where it could not be taken out before
+                    try:
+                        self._loop.add_reader(fd, self._ready, fd)
+                    except OSError as error:
+                        self._close_after(error)
+                        return
                     self._step_back(fd)
                 else:
                     self._outside.discard(fd)
                     self._stop_looking(fd)
                     self._loop.remove_reader(fd)
+
+    def _take_out(self, fd: int) -> None:
+        if self._epoll is not None:
+            with contextlib.suppress(OSError):  # it is not in it, as usual
+                self._epoll.unregister(fd)
 
     def end(self) -> None:
         """Take no more."""
@@ -127,13 +138,7 @@ class Gate:
                     self.watch()
                     return
         except OSError as error:
-            if error.errno in FULL:
-                self._acceptor.say_full(error)
-                self._paused = True
-                self._loop.call_later(PAUSE, self._resume)
-                self.watch()
-            else:
-                self._fail(error)
+            self._close_after(error)
         if self._taken:
             self._step_out(fd, whose == THEIRS)
 
@@ -146,9 +151,14 @@ class Gate:
         self._began_at, self._found, self._taken, self._taken_before = now, held, 0, self._taken
         return brief
 
-    def _fail(self, error: OSError) -> None:
-        """The program has closed a listener."""
-        if not self.over.done():
+    def _close_after(self, error: OSError) -> None:
+        """For a moment, where the system has no room; else for good: the program has closed a listener."""
+        if error.errno in FULL:
+            self._acceptor.say_full(error)
+            if not self._paused:
+                self._paused = True
+                self._loop.call_later(PAUSE, self._resume)
+        elif not self.over.done():
             self.over.set_exception(error)
         self.watch()
 
@@ -159,7 +169,13 @@ class Gate:
     def _step_out(self, fd: int, aside: bool) -> None:
         """Out of the kernel's line for three turns of the loop: a connection is made, read from, and served."""
         if self._is_open and self._epoll is not None:
-            self._epoll.unregister(fd)
+            try:
+                self._epoll.unregister(fd)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                self._close_after(error)
+                return
             self._outside.add(fd)
             if aside:
                 self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
@@ -190,7 +206,7 @@ class Gate:
             try:
                 self._acceptor.join(self._epoll, fd)
             except OSError as error:
-                self._fail(error)
+                self._close_after(error)
 
     def _step_back(self, fd: int) -> None:
         """To the end of the kernel's line, which makes a listener exclusive that the loop has begun to watch.
@@ -200,9 +216,12 @@ class Gate:
         """
         if self._is_open and self._epoll is not None:
             try:
-                self._acceptor.step_back(self._epoll, fd)
+                self._epoll.unregister(fd)
+                self._acceptor.join(self._epoll, fd)
             except FileNotFoundError:
                 self._loop.call_later(AGAIN, self._step_back, fd)
+            except OSError as error:
+                self._close_after(error)
 
 
 def _epoll_of(loop: Any) -> "select.epoll | None":

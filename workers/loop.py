@@ -14,6 +14,7 @@ from typing import Any
 
 import prefork.logs as logs
 from prefork.errors import RequestTimeout
+from prefork.workers.accept import FULL
 from prefork.workers.base import Worker
 from prefork.workers.request import FreeRequest, Request
 from prefork.workers.share import Share
@@ -119,7 +120,21 @@ class LoopWorker(Worker):
 
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
-        return self._runner.get_loop()
+        loop = self._runner.get_loop()
+        if loop.get_exception_handler() is None:
+            loop.set_exception_handler(self._on_fault)
+        return loop
+
+    def _on_fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What is raised in a callback of the loop. Of asyncio's own loop it may be that there is no room for one more
+        connection in its epoll: nobody would ever hear of that connection again. (uvloop leaves all of it to libuv.)"""
+        error, callback = context.get("exception"), getattr(context.get("handle"), "_callback", None)
+        transport = getattr(callback, "__self__", None)
+        if isinstance(error, OSError) and error.errno in FULL and isinstance(transport, asyncio.Transport):
+            self.acceptor.say_full(error, "wait for one more connection", "it is closed")
+            transport.abort()
+        else:
+            loop.default_exception_handler(context)
 
     @functools.cached_property
     def share(self) -> Share:

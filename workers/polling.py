@@ -108,7 +108,7 @@ class PollingWorker(Limits, Worker):
             if self.draining:
                 self._resume_at = 0.0  # told before there was an acceptor, which then has put its listener away
             else:
-                acceptor.poll_with(self._epoll)
+                self._accept_again()
             if self.threads > 1:
                 self._turns.run()
             while not self.draining:
@@ -192,6 +192,7 @@ class PollingWorker(Limits, Worker):
                 taken = try_take(fd)
             except OSError as error:
                 self._pause_if_full(error)
+                self._close_idle()
                 taken = None
             if taken is None:
                 self._crowded = self._crowded and number == 1
@@ -209,13 +210,15 @@ class PollingWorker(Limits, Worker):
         if held > waiting and self._is_theirs(fd):
             self._stop_accepting(0.0, aside=fd)
         elif held > waiting or number > 1:
-            self.acceptor.step_back(self._epoll, fd)
+            try:
+                self.acceptor.step_back(self._epoll, fd)
+            except OSError as error:
+                self._pause_if_full(error)
 
     def _pause_if_full(self, error: OSError) -> None:
         if error.errno not in FULL:
             raise error
         self.acceptor.say_full(error)
-        self._close_idle()
         self._stop_accepting(monotonic() + PAUSE)
 
     def _take_last(self, fd: int, number: int) -> None:
@@ -239,8 +242,15 @@ class PollingWorker(Limits, Worker):
         return self._share.whose(fd, len(self._connections), single=self.threads == 1) == THEIRS
 
     def _accept_again(self) -> None:
-        self._resume_at, self._aside = NEVER, -1
-        self.acceptor.poll_with(self._epoll)
+        try:
+            self.acceptor.poll_with(self._epoll)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.acceptor.say_full(error)
+            self._resume_at, self._aside = monotonic() + PAUSE, -1
+        else:
+            self._resume_at, self._aside = NEVER, -1
 
     def _see_out(self) -> None:
         """Nothing new is accepted any more: every client gets the answer to what it has sent, and is let go.
@@ -341,10 +351,19 @@ class PollingWorker(Limits, Worker):
             return
         if phase is not None:
             connection.phase, connection.deadline = phase, monotonic() + self._patience[phase]
-        if not connection.parked:
-            connection.parked = True
-            self._connections[connection.fd] = connection
+        if not connection.parked and not self._register(connection):
+            self.close(connection)
+
+    def _register(self, connection: Connection) -> bool:
+        """Have the epoll wait for it. Whether it has room for one more; if not, this one is to end, and no other."""
+        connection.parked = True
+        self._connections[connection.fd] = connection
+        try:
             self._epoll.register(connection.fd, select.EPOLLIN)
+        except OSError as error:
+            self.acceptor.say_full(error, "wait for one more connection", "it is closed")
+            return False
+        return True
 
     def _expire(self, connection: Connection) -> None:
         """Its time is over, unless something has come that was not looked at yet."""
@@ -415,8 +434,11 @@ class PollingWorker(Limits, Worker):
 
     def _unpark(self, connection: Connection) -> None:
         if connection.parked:
-            connection.parked = False
-            self._epoll.unregister(connection.fd)  # by hand, as it would stay where a forked process has a copy
+            try:
+                self._epoll.unregister(connection.fd)  # by hand, as it would stay where a forked process has a copy
+                connection.parked = False
+            except OSError:
+                pass  # it is not there; or it is reported again, or goes with its descriptor
 
     # -- threads ---------------------------------------------------------------------------------------------------
 
@@ -427,10 +449,11 @@ class PollingWorker(Limits, Worker):
             if phase is not None:
                 connection.phase = phase
             connection.deadline = deadline
-            if not connection.parked:
-                connection.parked = True
-                self._connections[connection.fd] = connection
-                self._epoll.register(connection.fd, select.EPOLLIN)
+            kept = connection.parked or self._register(connection)
+            if not kept:
+                connection.deadline = NEVER  # it stays the thread's
+        if not kept:
+            self.close(connection)
 
     def _mute(self, connection: Connection) -> None:
         """Something has come from one that a thread has: it is reported again when it has been given back."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from .waiting import until
@@ -95,6 +96,15 @@ def reset(sock: socket.socket) -> None:
     """Close with a RST (socket(7), SO_LINGER 0)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def queued(address: Address) -> int:
+    """How many clients of TCP nobody has accepted yet, as the kernel shows the length of a listener's queue."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, queues, *_ = line.split()
+        if state == "0A" and int(local.partition(":")[2], 16) == address.port:
+            return int(queues.partition(":")[2], 16)
+    raise AssertionError(f"nobody listens at {address}")
 
 
 def hear(sock: socket.socket, address: Address) -> bytes:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from .waiting import until
+from .waiting import elapse, until
 
 
 @contextmanager
@@ -32,15 +33,43 @@ def failing(pid: int, call: str, error: str, when: str = "1+") -> Iterator[None]
                     pytest.skip(f"strace cannot trace here: {said.read().strip()}")
                 yield
             finally:
-                strace.terminate()
-                strace.wait(5)
+                _detach(pid, strace)
+
+
+def _detach(pid: int, strace: "subprocess.Popen[bytes]") -> None:
+    """While the process is stopped. Let go in the middle of a call that is to fail, it would see ENOSYS."""
+    try:
+        os.kill(pid, signal.SIGSTOP)
+    except ProcessLookupError:
+        pass
+    else:
+        until(lambda: _is_stopped(pid), 5, f"{pid} is stopped")
+        elapse(0.01)  # a call that is being stopped at has gone on by then, and come to the end
+        until(lambda: _is_stopped(pid), 5, f"{pid} is stopped")
+    strace.terminate()
+    strace.wait(5)
+    try:
+        os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return
     until(lambda: not _is_traced(pid), 5, f"strace has let go of {pid}")
 
 
+def _statuses(pid: int) -> list[str]:
+    """What /proc says of each thread."""
+    found = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/status", encoding="utf-8") as file:
+                found.append(file.read())
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return found
+
+
 def _is_traced(pid: int) -> bool:
-    """Whether every thread of it has a tracer."""
-    tasks = []
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{thread}/status", encoding="utf-8") as file:
-            tasks.append("TracerPid:\t0\n" not in file.read())
-    return all(tasks)
+    return all("TracerPid:\t0\n" not in status for status in _statuses(pid))
+
+
+def _is_stopped(pid: int) -> bool:
+    return all("State:\tt" in status.replace("\tT", "\tt") for status in _statuses(pid))
