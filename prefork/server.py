@@ -10,19 +10,26 @@ import os
 import selectors
 import socket
 import socketserver
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import prefork.listeners as listeners
+import prefork.logs as logs
 import prefork.processes as processes
 import prefork.workers.chain as chain
+import prefork.workers.disconnect as disconnect
 from prefork.errors import OptionError
 from prefork.options import Options, Settings
 from prefork.reports import WorkerExit
 from prefork.service import Service, check, renewed, service_of, worker_class
 from prefork.workers.base import Worker
 from prefork.workers.sync import SyncWorker
+
+log = logs.get("prefork")
+
+_SHOWS = socketserver.BaseServer.handle_error  # a traceback between two lines
 
 
 class PreforkMixIn(Settings):
@@ -93,6 +100,21 @@ class PreforkMixIn(Settings):
         if self._claim is not None:
             self._claim.release()
             self._claim = None
+
+    # -- in a worker -----------------------------------------------------------------------------------------------
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Serving a request has raised: its traceback goes to standard error, as in socketserver.
+
+        That the request's client has left is a line of the log (debug) instead, or errors would drown in it. A
+        `handle_error()` of the program's own, in a subclass or a class behind the mix-in, is called in both cases.
+        """
+        show = super().handle_error  # type: ignore[misc]
+        error = sys.exception()
+        if getattr(show, "__func__", None) is _SHOWS and disconnect.is_clients(request, error):
+            log.debug("client %s left in the middle of its request: %s", client_address or "(unnamed)", error)
+        else:
+            show(request, client_address)
 
     # -- for the caller --------------------------------------------------------------------------------------------
 

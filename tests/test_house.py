@@ -19,6 +19,7 @@ FLOORS = (
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "writer", "logs"},
     {"pool", "policy", "stop_sequence"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
+    | {"workers.disconnect"}
     | {"workers.share", "workers.sync", "workers.filter", "workers.threaded"}
     | {"workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
     | {"workers.protocols", "workers.site", "workers.asgi", "workers.wsgi"}
@@ -36,7 +37,7 @@ NEXT_DOOR = {
     *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "chain", "child", "request", "base")),
     ("workers.filter", "workers.accept"),
     ("workers.threaded", "workers.filter"),
-    ("workers.aio", "workers.coroutines"),
+    *(("workers.aio", f"workers.{part}") for part in ("coroutines", "disconnect")),
     *((f"workers.{kind}", f"workers.{of}") for kind in ("aio", "asgi") for of in ("gate", "loop")),
     ("workers.asgi", "workers.site"),
     *(("workers.site", f"workers.{part}") for part in ("protocols", "request")),

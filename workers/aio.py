@@ -10,6 +10,7 @@ from typing import Any
 
 import prefork.logs as logs
 import prefork.workers.coroutines as coroutines
+import prefork.workers.disconnect as disconnect
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.gate import Gate
@@ -174,10 +175,11 @@ class AsyncioWorker(LoopWorker):
             with self.serving(peer):
                 if not server.verify_request(request, peer):
                     return
-                reader, writer = await self._streams(server, request)
+                reader, writer, protocol = await self._streams(server, request)
                 try:
                     await server.RequestHandlerClass((reader, writer), peer, server).serve()
-                except Exception:
+                except Exception as error:
+                    disconnect.look_at_stream(protocol, reader.exception(), error)
                     server.handle_error(request, peer)
                 await _sent(writer)
             writer.close()
@@ -191,14 +193,16 @@ class AsyncioWorker(LoopWorker):
             else:
                 writer.transport.abort()
 
-    async def _streams(self, server: Any, request: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _streams(
+        self, server: Any, request: socket.socket
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, asyncio.BaseProtocol]:
         reader = asyncio.StreamReader(coroutines.unwrapped(server.RequestHandlerClass).limit, self.loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
         try:
             transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, request, **self._tls[id(server)])
         except OSError as error:
             raise _Dropped from error
-        return reader, asyncio.StreamWriter(transport, protocol, reader, self.loop)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, self.loop), protocol
 
 
 class _Dropped(Exception):

@@ -511,7 +511,10 @@ class Body(io.RawIOBase):
         if request.expects:
             request.expects = False
             self._go_on()
-        data = receive(connection.sock, connection.site.limits.BODY_TIMEOUT)
+        try:
+            data = receive(connection.sock, connection.site.limits.BODY_TIMEOUT)
+        except ConnectionError:
+            data = b""  # an abrupt end, but an end
         if data is None:
             connection.spoil(408, f"nothing of the body came for {connection.site.limits.BODY_TIMEOUT:g} s")
         elif data:
