@@ -418,6 +418,16 @@ def drop_pipes(known: set[tuple[int, int]], keep: Iterable[int]) -> None:
         os.close(null)
 
 
+def wake_reader(reader: int, writer: int) -> None:
+    """Make the reading end of a non-blocking pipe readable; from a signal handler, too."""
+    try:
+        os.write(writer, b"\0")
+    except BlockingIOError:
+        pass  # it is already
+    except OSError:  # refused: the end of the pipe wakes its reader, too
+        os.dup2(reader, writer, inheritable=False)
+
+
 def nowhere() -> int:
     """A descriptor to put in the place of another: of /dev/null or, where that is missing, of a pipe at its end."""
     try:

@@ -1,5 +1,6 @@
 """Workers and programs that do what they should not: the pool, and its other workers, are not harmed."""
 
+import contextlib
 import re
 import signal
 from contextlib import ExitStack
@@ -265,3 +266,77 @@ accept.Acceptor.__init__ = refusing(accept.Acceptor.__init__, errno.EMFILE)
     (program.work / "refuse").unlink()
     check_alive(program)
     program.finish()
+
+
+@pytest.mark.parametrize("kind", ["sync", "wsgi"])
+def test_a_wake_up_within_a_worker_is_refused(start: Start, kind: str) -> None:
+    """A worker that waits at several listeners leaves at once where its own wake-up cannot be written."""
+    body = f"""
+    import errno
+
+    write = os.write
+
+    def refusing(fd, data):
+        if data == b"\\0" and (HOME / "refuse").exists():
+            raise OSError(errno.EIO, "refused")
+        return write(fd, data)
+
+    class Server(prefork.PreforkTCPServer):
+        workers = 2
+        worker_class = "{kind}"
+
+    os.write = refusing
+    prefork.serve(Server(("127.0.0.1", 0), Handler), Server(("127.0.0.1", 0), Handler))
+    """
+    program = launch(start, body).ready()
+    workers = program.wait_ready(2)
+    program.write("refuse", "")
+    program.send(signal.SIGTERM, workers[0])
+    with soon(1.0):
+        program.wait_ready(2, without=workers[:1])
+    with soon(1.0):
+        assert program.stop().code == 0
+    program.finish(check_log=False)
+
+
+def test_a_connection_without_an_address_ends(start: Start) -> None:
+    """Where the system does not tell a connection's address, `asgi` closes it, and it holds up no stop."""
+    body = """
+    import errno
+    import uvicorn.protocols.http.httptools_impl as impl
+
+    ask = impl.get_local_addr
+
+    def refusing(transport):
+        if (HOME / "refuse").exists():
+            raise OSError(errno.ENOBUFS, "refused")
+        return ask(transport)
+
+    impl.get_local_addr = refusing
+
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+    class Server(prefork.PreforkTCPServer):
+        workers = 1
+        worker_class = "asgi"
+
+    with Server(("127.0.0.1", 0), app) as server:
+        server.serve_forever()
+    """
+    program = launch(start, body, allow=[patterns.TRACEBACK]).ready()
+    program.wait_ready(1)
+    request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    program.write("refuse", "")
+    with dial(program.address) as client, contextlib.suppress(ConnectionError):
+        client.sendall(request)
+        assert rest(client) == b""
+    (program.work / "refuse").unlink()
+    with dial(program.address) as client:
+        client.sendall(request)
+        assert rest(client).endswith(b"ok")
+    with soon(1.0):
+        assert program.stop().code == 0
+    program.finish(check_log=False)

@@ -229,8 +229,7 @@ class Acceptor:
         os.set_blocking(sender, False)
 
         def wake() -> None:
-            with contextlib.suppress(BlockingIOError):
-                os.write(sender, b"\0")
+            processes.wake_reader(receiver, sender)
 
         if _EXCLUSIVE:
             self._epoll = select.epoll()

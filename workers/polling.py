@@ -20,6 +20,7 @@ from typing import Any
 
 import prefork.addresses as addresses
 import prefork.logs as logs
+import prefork.processes as processes
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
@@ -88,8 +89,7 @@ class PollingWorker(Limits, Worker):
         self._forked = True
 
     def drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"\0")
+        processes.wake_reader(self._wake_read, self._wake_write)
         self._turns.wake()
 
     def listen(self) -> None:
@@ -148,8 +148,8 @@ class PollingWorker(Limits, Worker):
                         self._mute(connection)
                 elif fd in self._listeners:
                     self._take(fd)
-                elif fd == self._wake_read:
-                    os.read(fd, 64)
+                elif fd == self._wake_read and not os.read(fd, 64):
+                    self._epoll.unregister(fd)  # at its end it would wake this loop for ever
         else:
             self._turns.wait(wait)
         if wait > 0.0:

@@ -288,7 +288,12 @@ def _joining(protocol: Any, loop: asyncio.AbstractEventLoop) -> Any:
     kept: list[Joining] = []
 
     def connection_made(self: Any, transport: asyncio.Transport) -> None:
-        protocol.connection_made(self, Joining(loop, transport, kept))
+        try:
+            protocol.connection_made(self, Joining(loop, transport, kept))
+        except Exception:  # the system has refused to tell its address: nothing would ever end this connection
+            self.connections.discard(self)
+            transport.abort()
+            raise
 
     return type(protocol.__name__, (protocol,), {"connection_made": connection_made})
 
