@@ -432,7 +432,8 @@ class Master:
         if exit is None:
             return False
         if not hand.closed:
-            self._heard(hand)  # what it said before it died comes before its death
+            with self._guarded("worker %d (pid %d) cannot be heard", hand.slot, hand.child.pid):
+                self._heard(hand)  # what it said before it died comes before its death
         status, memory = exit
         now = time.monotonic()
         entry = self.board.read(hand.slot, now)
