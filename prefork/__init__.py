@@ -1,5 +1,8 @@
 """prefork: any `socketserver` handler, served from a supervised pool of processes."""
 
+import prefork.imports as imports
+
+# isort: split
 import importlib
 from socketserver import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -72,5 +75,6 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    with imports.Own():
+        found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
     return found

@@ -15,12 +15,12 @@ import http.client
 import http.server
 import io
 import re
-import select
 import socket
 import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from prefork.originals import select
 from prefork.server import PreforkMixIn
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ import stat
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import prefork.addresses as addresses
 import prefork.processes as processes
@@ -53,6 +54,7 @@ _NO_NEW_CONNECTIONS = [
 _NOTHING = [_DROP]
 _QUEUE_SIZE = slice(28, 32)  # tcpi_sacked, which of a listener is the size of its queue
 _SHUT = getattr(select, "POLLRDHUP", 0) | select.POLLHUP
+_LOCK = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def describe(sock: socket.socket) -> str:
@@ -241,12 +243,18 @@ class Claim:
         EADDRINUSE, where another server lives on the path, or something that is no socket lies there.
     """
 
+    made: ClassVar[Callable[[str, int], object] | None] = None  # told of each, by path and kind, before anything else
+
     def __init__(self, path: str, kind: int) -> None:
-        self.path = path = os.path.abspath(path)  # the program may change its directory later
+        # The program may change its directory later, and a deploy a link in the path.
+        folder, name = os.path.split(os.path.abspath(path))
+        self.path = os.path.join(os.path.realpath(folder), name)
         self._owner = os.getpid()
         self._file: tuple[int, int] | None = None
-        self._lock = self._acquire(path + ".lock")
+        self._lock = self._acquire(self.path + ".lock")
         try:
+            if Claim.made is not None:
+                Claim.made(self.path, kind)
             self._clear(kind)
         except BaseException:
             self.release()
@@ -254,8 +262,16 @@ class Claim:
 
     def _acquire(self, lock: str) -> int:
         while True:
+            made = True
             with processes.undivided():
-                fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                try:
+                    fd = os.open(lock, _LOCK | os.O_CREAT | os.O_EXCL, 0o600)
+                except FileExistsError:
+                    made = False
+                    try:
+                        fd = os.open(lock, _LOCK)
+                    except FileNotFoundError:
+                        continue
                 processes.private([fd])
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,6 +285,9 @@ class Claim:
                 processes.close([fd])
                 raise OSError(errno.EADDRINUSE, "another server is running on this path", self.path) from None
             except BaseException:
+                if made:  # whoever has opened it meanwhile still finds out whether somebody listens on the path
+                    with contextlib.suppress(OSError):
+                        os.unlink(lock)
                 processes.close([fd])
                 raise
             processes.close([fd])
@@ -324,6 +343,12 @@ class Claim:
             os.unlink(self.path + ".lock")
         processes.close([self._lock])
         self._lock = -1
+
+
+def clear(path: str, kind: int) -> None:
+    """Remove what a process has left that had claimed a path, unless somebody lives there."""
+    with contextlib.suppress(OSError):
+        Claim(path, kind).release()
 
 
 _umask = threading.Lock()

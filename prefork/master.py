@@ -70,7 +70,7 @@ class Check(Protocol):
         """Whether there is a result. Does not wait."""
 
     def result(self) -> str | None:
-        """None if all is well, else what is wrong. Reaps the child, or kills it if it is not over."""
+        """None if all is well, else what is wrong. The child is to leave, and is collected by whoever made it."""
 
 
 class Master:
@@ -90,6 +90,8 @@ class Master:
         Begins a trial of the program before each reload; None where the program is in this process already.
     use_pidfd
         False forces the portable way of noticing deaths.
+    collect
+        Collects other children that are over, and says when to look again; None: there are none.
     adopts
         This is process 1 and has no children but the pool's: collect the orphans that the kernel hands to it.
     """
@@ -103,6 +105,7 @@ class Master:
         *,
         title: str = "",
         check: Callable[[], Check] | None = None,
+        collect: Callable[[], float | None] = lambda: None,
         use_pidfd: bool = True,
         adopts: bool = False,
     ) -> None:
@@ -120,7 +123,7 @@ class Master:
         self._judge_at: float | None = None
         self._stopping = stop_sequence.StopSequence()
         self._sweep_at: float | None = None
-        self._make_check = check
+        self._make_check, self._collect_others = check, collect
         self._check: Check | None = None
         self._check_again = False
         self._last_words = ""
@@ -423,6 +426,8 @@ class Master:
                 self._sweep_at = now + (SWEEP if now - hand.closed_at < TICK else TICK)
             elif hand.child.pidfd is None and self._sweep_at is None:
                 self._sweep_at = now + TICK
+        if (again := self._collect_others()) is not None:
+            self._sweep_at = again if self._sweep_at is None else min(again, self._sweep_at)
         if self._adopts and (self._check is not None or processes.reap_strangers(self._hands)):
             self._sweep_at = now + TICK
 
@@ -568,6 +573,7 @@ class Master:
         self._inbox.unwatch(check.fd)
         self._check = None
         wrong = check.result()
+        self._sweep_at = time.monotonic()  # its child is to end now
         if self._stopping.begun:
             return
         if wrong is None:

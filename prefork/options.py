@@ -7,7 +7,7 @@ starts; everything behind the face reads only that.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from prefork.errors import OptionError
@@ -179,6 +179,13 @@ def declared() -> Iterator[Setting]:
             yield value
 
 
+def with_whole_paths(values: Mapping[str, object], absolute: Callable[[str], str]) -> dict[str, object]:
+    """The same settings for processes whose program may change its directory."""
+    log = values.get("access_log")
+    whole = {"access_log": absolute(log)} if isinstance(log, str) and log not in ("", "-") else {}
+    return {**values, **whole}
+
+
 class Options(Settings):
     """A checked and frozen copy of all settings.
 
@@ -197,8 +204,12 @@ class Options(Settings):
 
     @classmethod
     def of(cls, server: object) -> "Options":
-        """Read and check the settings that a server (or its class) carries."""
-        return cls({one.name: getattr(server, one.name) for one in declared() if hasattr(server, one.name)})
+        """Read and check the settings that a server (or its class) carries, as serving starts."""
+        values = {one.name: getattr(server, one.name) for one in declared() if hasattr(server, one.name)}
+        try:
+            return cls(with_whole_paths(values, os.path.abspath))
+        except FileNotFoundError:  # there is no current directory any more
+            return cls(values)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"options are frozen; {name} cannot be set")

@@ -2,7 +2,8 @@
 
 A fork happens with every signal blocked in the forking thread, so that no signal is lost or read by the wrong process
 between the fork and the moment the child has handlers of its own. The child runs one function and leaves through
-`os._exit`: the `finally` blocks and `atexit` handlers of whoever called fork never run in it.
+`os._exit`: the `finally` blocks and `atexit` functions of whoever called fork never run in it. Those that the child
+registers itself do (see `exits`).
 
 Only pids that were forked here are ever waited for, so that a child which the host program started keeps its exit
 status.
@@ -20,7 +21,6 @@ import gc
 import io
 import os
 import resource  # noqa: F401  # os.wait4 imports it by itself, at a first exit: that is lost if no descriptor is left then
-import select
 import signal
 import socket
 import stat
@@ -32,7 +32,9 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
+import prefork.exits as exits
 import prefork.writer as writer
+from prefork.originals import select
 
 # What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the
 # former mask one by one, at 230 us a fork with them.
@@ -258,8 +260,10 @@ def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals |
     code = 1
     try:
         signal.set_wakeup_fd(-1)
+        exits.forget()
         wanted = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGABRT, signal.SIGXCPU}
         code = main(lambda: (signal.pthread_sigmask(signal.SIG_SETMASK, mask - wanted), None)[1])
+        exits.run()
     except BaseException:
         with contextlib.suppress(BaseException):
             writer.standard("stderr").write(traceback.format_exc().encode("utf-8", "backslashreplace"))

@@ -8,6 +8,7 @@ imported fails there, with its own traceback, and nothing else has happened.
 
 import contextlib
 import importlib
+import importlib.machinery
 import inspect
 import json
 import os
@@ -15,10 +16,11 @@ import socket
 import socketserver
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import prefork.imports as imports
 import prefork.listeners as listeners
 import prefork.processes as processes
 import prefork.server as server
@@ -26,9 +28,12 @@ import prefork.service as service
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, ProgramError
 from prefork.options import Options, declared
-from prefork.scout import Scout, own_traceback
+from prefork.scout import Scout, Work, own_traceback
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
+
+UNIX_PATH = 107  # bytes
+SWEEP = 0.005  # seconds between two looks at a scout that is to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,13 @@ class Bind:
     text: str
 
     @classmethod
-    def parse(cls, text: str) -> "Bind":
+    def parse(cls, text: str, place: imports.Place) -> "Bind":
         """`tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:PATH`, `unixgram:PATH`; an IPv6 host in brackets.
+
+        Parameters
+        ----------
+        place
+            Where a relative path begins.
 
         Raises
         ------
@@ -54,11 +64,13 @@ class Bind:
                 path = text[len(scheme) :]
                 if not path:
                     raise OptionError(f"--bind: {text!r} names no path; write {scheme}/run/name.sock")
-                if len(os.fsencode(path)) > 107:
+                if len(os.fsencode(path)) > UNIX_PATH:
                     raise OptionError(
-                        f"--bind: the path in {text!r} is longer than the 107 bytes a Unix socket may have"
+                        f"--bind: the path in {text!r} is longer than the {UNIX_PATH} bytes a Unix socket may have"
                     )
-                return cls(socket.AF_UNIX, kind, path, text)
+                # The program may change its directory before it is bound; a path that is too long then stays as it is.
+                whole = place.absolute(path)
+                return cls(socket.AF_UNIX, kind, whole if len(os.fsencode(whole)) <= UNIX_PATH else path, text)
         for scheme, kind in (("tcp://", socket.SOCK_STREAM), ("udp://", socket.SOCK_DGRAM)):
             if text.startswith(scheme):
                 host, colon, port = text[len(scheme) :].rpartition(":")
@@ -84,7 +96,7 @@ _SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
 }
 
 
-def find(target: str) -> Any:
+def find(target: str, place: imports.Place) -> Any:
     """Import `MODULE:NAME` and return what it names, or what that returns where NAME ends in `()`.
 
     Raises
@@ -96,12 +108,12 @@ def find(target: str) -> Any:
     module_name, colon, name = target.removesuffix("()").partition(":")
     if not colon or not module_name or not name:
         raise OptionError(f"{target!r} is no program; write MODULE:NAME, such as myserver:Handler")
-    _find_here()
+    refuse_shadowed(module_name.partition(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ProgramError(f"there is no module {error.name!r} in {_here()} or on the module path") from None
+            raise ProgramError(f"there is no module {error.name!r} in {place} or on the module path") from None
         raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
     except BaseException:
         raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
@@ -119,25 +131,34 @@ def find(target: str) -> Any:
         raise ProgramError(f"{target} raised\n{own_traceback()}") from None
 
 
-def _find_here() -> None:
-    """Have modules of the current directory found."""
-    with contextlib.suppress(FileNotFoundError):  # it was removed, by a deploy perhaps
-        if "" not in sys.path and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
+def refuse_shadowed(name: str) -> None:
+    """Raises ProgramError for a module of the program that nobody can import, since another one has its name."""
+    imported = sys.modules.get(name)
+    if imported is None and name not in sys.builtin_module_names:
+        return
+    wanted = importlib.machinery.PathFinder.find_spec(name)
+    file = getattr(imported, "__file__", None)
+    if wanted is not None and wanted.origin and os.path.realpath(wanted.origin) != os.path.realpath(file or ""):
+        what = f"{file}, which prefork stands on" if file else "a module that is built into Python"
+        raise ProgramError(f"{wanted.origin} cannot be imported: {name!r} is the name of {what}; rename it")
 
 
-def _here() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return "the current directory (which was removed)"
+def check(servers: Sequence[Any], kind: type[Worker] | None) -> None:
+    """As `service.check()`. Raises ProgramError where the program could not import in a worker what it has imported
+    here: there prefork has imported a standard module of that name before."""
+    service.check(servers, kind)
+    for name, module in imports.doubles.items():
+        file = getattr(module, "__file__", None)
+        raise ProgramError(f"{file or name} has the name of a standard module that its worker_class needs; rename it")
 
 
-def build(target: str, binds: Sequence[Bind], kind: type[Worker] | None = None) -> list[Any]:
+def build(target: str, binds: Sequence[Bind], place: imports.Place, kind: type[Worker] | None = None) -> list[Any]:
     """Make the servers: bound and activated, or adopted inside `adopting()`.
 
     Parameters
     ----------
+    place
+        Entered already.
     kind
         The class of workers, where the command was given one: some serve an application in the place of a handler.
 
@@ -150,7 +171,7 @@ def build(target: str, binds: Sequence[Bind], kind: type[Worker] | None = None) 
     OSError
         An address cannot be bound.
     """
-    found = find(target)
+    found = find(target, place)
     server_class = isinstance(found, type) and issubclass(found, socketserver.BaseServer)
     if kind is not None and kind.application and not server_class:
         if not callable(found):
@@ -262,15 +283,22 @@ def adopting(take: Callable[[Any], socket.socket | None]) -> Iterator[None]:
 
 
 class Program:
-    """The program, as the master knows it: a name, sockets, and what the scout told of its settings."""
+    """The program, as the master knows it: a name, sockets, and what the scout told of its settings.
 
-    def __init__(self, target: str, binds: Sequence[Bind], worker_class: object = None) -> None:
-        self.target, self.binds = target, list(binds)
-        self._worker_class = worker_class  # as the command was given it; None: what the program says
+    Parameters
+    ----------
+    worker_class
+        As the command was given it; None: what the program says.
+    """
+
+    def __init__(self, target: str, binds: Sequence[Bind], place: imports.Place, worker_class: object = None) -> None:
+        self.target, self.binds, self._place = target, list(binds), place
+        self._worker_class = worker_class
         self.sockets: list[socket.socket] = []
         self.claims: list[listeners.Claim] = []
         self.settings: dict[str, object] = {}
         self._asked: list[object] = []  # the addresses as they were asked for, before the kernel chose a port
+        self._scouts: list[Scout] = []
 
     def open(self, timeout: float) -> None:
         """Have a scout import the program and bind.
@@ -280,32 +308,45 @@ class Program:
         ProgramError, OptionError, OSError
             as `build()` does.
         """
-        scout = Scout(self._bind, timeout)
+        if isinstance(self._worker_class, str):
+            self._worker_class = service.reference(self._worker_class)
+            if self._worker_class in service.CLASSES.values():
+                service.worker_class(self._worker_class)  # imported here, once, and before the program
+        scout = self._scout(self._bind, timeout)
         try:
             while not scout.over():
                 processes.wait_readable(scout.fd, scout.deadline - time.monotonic())
+            answer, fds = scout.finish()
         except BaseException:
-            scout.kill()
+            scout.abandon()
             raise
-        answer, fds = scout.finish()
-        self.settings, self._asked = answer["settings"], answer["asked"]
-        self.sockets = [socket.socket(fileno=fds.pop(0)) for _ in answer["asked"]]
+        number = len(answer["asked"])
         self.claims = [
-            listeners.Claim.take_over(path, tuple(file) if file else None, fds.pop(0))
-            for path, file in answer["claims"]
+            listeners.Claim.take_over(path, tuple(file) if file else None, lock)
+            for (path, file), lock in zip(answer["claims"], fds[number:], strict=True)
         ]
+        self.settings, self._asked = answer["settings"], answer["asked"]
+        self.sockets = [socket.socket(fileno=fd) for fd in fds[:number]]
+        self._import(answer)
 
-    def trial(self, timeout: float) -> "Scout":
+    def trial(self, timeout: float) -> Scout:
         """Begin to try the program as it is now, without binding what is bound already."""
-        return Scout(self._try, timeout)
+        return self._scout(self._try, timeout)
 
     def worker(self, seat: Seat) -> Worker:
         """In a worker: import the program around the inherited listeners."""
+        kind = self._enter()
         left = list(self.sockets)
         with adopting(lambda made: left.pop(0) if left else None):
-            servers = build(self.target, self.binds, self._given)
-        kind = self._given or service.worker_class(getattr(servers[0], "worker_class", "sync"))
+            servers = build(self.target, self.binds, self._place, kind)
+        kind = kind or service.worker_class(getattr(servers[0], "worker_class", "sync"))
         return service.seated(kind, servers, seat)
+
+    def collect(self) -> float | None:
+        """Collect the scouts that are over. When to look again (of `time.monotonic()`); None: none is to end."""
+        now = time.monotonic()
+        self._scouts = [one for one in self._scouts if not one.collect(now)]
+        return now + SWEEP if any(one.leaves for one in self._scouts) else None
 
     def close(self) -> None:
         for claim in self.claims:
@@ -313,18 +354,34 @@ class Program:
         for sock in self.sockets:
             sock.close()
         self.sockets, self.claims = [], []
+        for one in self._scouts:
+            one.abandon()
+        while self.collect() is not None:
+            time.sleep(SWEEP)
 
-    @property
-    def _given(self) -> type[Worker] | None:
-        """The worker class that the command was given, if it was."""
-        if self._worker_class is None:
-            return None
-        _find_here()
-        return service.worker_class(self._worker_class)
+    def _scout(self, work: Work, timeout: float) -> Scout:
+        scout = Scout(work, timeout, self._import)
+        self._scouts.append(scout)
+        return scout
+
+    def _import(self, answer: Mapping[str, Any]) -> None:
+        """Import those of prefork's modules that the program uses: once for all workers, and before an upgrade replaces
+        them on the disk."""
+        for name in answer["modules"]:
+            with contextlib.suppress(Exception):  # it will be a worker's, whose report says what is wrong
+                importlib.import_module(name)
+
+    # -- in a child ------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> type[Worker] | None:
+        """Go to where the program is. The worker class that the command was given, if it was."""
+        self._place.enter()
+        return None if self._worker_class is None else service.worker_class(self._worker_class)
 
     # -- in the scout ----------------------------------------------------------------------------------------------
 
     def _bind(self) -> tuple[dict[str, Any], list[int]]:
+        kind = self._enter()
         asked: dict[int, object] = {}
         begun: list[Any] = []
         bind = socketserver.TCPServer.server_bind
@@ -336,39 +393,41 @@ class Program:
 
         socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
         try:
-            servers = build(self.target, self.binds, self._given)
-            service.check(servers, self._given)
+            servers = build(self.target, self.binds, self._place, kind)
+            check(servers, kind)
             # In the order in which they were bound, which is the order in which a worker will ask for them.
             bound = [one for one in begun if any(one is other for other in servers)]
             if len(bound) != len(begun):
                 raise ProgramError(f"{self.target} binds a server that it does not return; no worker could have it")
             if len(bound) != len(servers):
                 raise ProgramError(f"{self.target} returned a server that is not bound")
+            claims = [one._claim.hand_over() for one in bound if getattr(one, "_claim", None) is not None]
+            settings = {
+                one.name: value
+                for one in declared()
+                if one.flag
+                and one.name != "worker_class"
+                and (value := getattr(servers[0], one.name, None)) is not None
+                and value != one.__get__(None)
+            }
+            Options(settings)
         except BaseException:
             for one in begun:  # or the path of a first address would outlive the failure of a second
                 with contextlib.suppress(Exception):
                     one.server_close()
             raise
-        claims = [one._claim.hand_over() for one in bound if getattr(one, "_claim", None) is not None]
-        settings = {
-            one.name: value
-            for one in declared()
-            if one.flag
-            and one.name != "worker_class"
-            and (value := getattr(servers[0], one.name, None)) is not None
-            and value != one.__get__(None)
-        }
-        Options(settings)
         # Their servers end with this function; the descriptors outlive them.
         fds = [one.socket.detach() for one in bound] + [lock for _, _, lock in claims]
         answer = {
             "settings": settings,
             "asked": [asked[id(one)] for one in bound],
             "claims": [[path, file] for path, file, _ in claims],
+            "modules": _own_modules(),
         }
         return answer, fds
 
     def _try(self) -> tuple[dict[str, Any], list[int]]:
+        kind = self._enter()
         left, socks = list(self._asked), list(self.sockets)
 
         def take(made: Any) -> socket.socket | None:
@@ -383,12 +442,20 @@ class Program:
             where = listeners.name(made.address_family, made.socket_type, made.server_address)
             raise OptionError(f"the program now wants {where}; other addresses take a new start")
 
-        with adopting(take):
-            servers = build(self.target, self.binds, self._given)
-            service.check(servers, self._given)
+        try:
+            with adopting(take):
+                servers = build(self.target, self.binds, self._place, kind)
+                check(servers, kind)
+        finally:
+            for sock in self.sockets:
+                sock.close()  # this child may be there for a while yet
         if left:
             raise OptionError("the program now serves fewer addresses; that takes a new start")
-        return {}, []
+        return {"modules": _own_modules()}, []
+
+
+def _own_modules() -> list[str]:
+    return [name for name in sys.modules if name.startswith("prefork.")]
 
 
 def _plain(address: object) -> object:

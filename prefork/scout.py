@@ -1,8 +1,11 @@
 """A child that runs one function of the program and hands its answer, and descriptors, up.
 
-The answer is JSON behind its length, so that its end is known even while something that the program started still
-holds the socket. It is collected piece by piece and never waited for. The child dies with the master (it has a
-lifeline) and at the end of its time.
+A message is JSON behind its length, so that its end is known even while something that the program started still holds
+the socket. It is collected piece by piece and never waited for. The last message is the answer; those before it name
+the Unix paths that the child has claimed, so that they are removed however it ends.
+
+Once it has answered the child ends by itself, as a Python process does, for which it has a moment. Until it is gone
+`collect()` is to be called from time to time. It dies with the master (it has a lifeline).
 """
 
 import array
@@ -20,11 +23,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import prefork.exits as exits
 import prefork.lifeline as lifeline
+import prefork.listeners as listeners
 import prefork.logs as logs
 import prefork.processes as processes
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.workers.child import set_title
+from prefork.workers.child import ABANDONED, Told, leave_if_told, set_title
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
 
@@ -32,6 +37,8 @@ _PROGRAM = os.path.join(os.path.dirname(__file__), "program.py")  # whose frames
 LIMIT = 1 << 20  # bytes of an answer
 _LENGTH = struct.Struct("!I")
 _FDS = socket.CMSG_SPACE(253 * 4)
+FAREWELL = 2.0  # seconds that the child has for its end, once it has answered
+UNHEARD = 0.3  # and one that is told to leave before
 
 
 class Scout:
@@ -43,14 +50,21 @@ class Scout:
         Runs in the child: returns the answer, and descriptors to go with it.
     timeout
         Seconds it may take.
+    use
+        Is given the answer by `result()`.
     """
 
-    def __init__(self, work: Work, timeout: float) -> None:
+    def __init__(self, work: Work, timeout: float, use: Callable[[dict[str, Any]], object] | None = None) -> None:
         self.timeout = timeout
         self.deadline = time.monotonic() + timeout
+        self._use = use
         self._data = bytearray()
+        self._size = 0  # of all that has come
         self._fds: list[int] = []
+        self._claims: list[tuple[str, int]] = []
+        self._answer: dict[str, Any] | None = None
         self._closed = False
+        self._end: float | None = None  # when a child that is to leave is killed
         with processes.undivided():
             self._socket, theirs = socket.socketpair()
             ends = lifeline.Ends.open()
@@ -62,12 +76,17 @@ class Scout:
         def main(unblock: Callable[[], None]) -> int:
             lifeline.arm(ends.lifeline_read, main_thread=main_thread)
             logs.enter_child()
-            for one in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-                signal.signal(one, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            leave_if_told()
+            for one in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(one, signal.SIG_IGN)
             set_title("prefork: scout")
-            unblock()
-            return _answer(work, theirs)
+            with contextlib.suppress(Told):
+                unblock()
+                _answer(work, theirs)
+            for one in (signal.SIGTERM, signal.SIGQUIT):
+                signal.signal(one, signal.SIG_IGN)
+            exits.run(ABANDONED)
+            return 0
 
         try:
             pid = processes.fork(main)
@@ -85,78 +104,130 @@ class Scout:
     def over(self) -> bool:
         """Take what has arrived, without waiting. Whether that is all there will be."""
         with contextlib.suppress(BlockingIOError):
-            while not self._closed and not self._complete() and len(self._data) < LIMIT:
+            while not (self._closed or self._answer is not None or self._size >= LIMIT):
                 data, ancillary, _, _ = self._socket.recvmsg(65536, _FDS, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
                 for level, kind, content in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         fds = array.array("i", content[: len(content) - len(content) % 4])
                         self._fds += fds
-                self._data += data
-                self._closed = not data
-        return self._closed or self._complete() or len(self._data) >= LIMIT or time.monotonic() >= self.deadline
+                self._take(data)
+        return self._closed or self._answer is not None or self._size >= LIMIT or time.monotonic() >= self.deadline
 
-    def _complete(self) -> bool:
-        return len(self._data) >= 4 and len(self._data) - 4 >= _LENGTH.unpack_from(self._data)[0]
+    def _take(self, data: bytes) -> None:
+        self._closed = not data
+        self._size += len(data)
+        self._data += data
+        while len(self._data) >= 4 and len(self._data) - 4 >= (size := _LENGTH.unpack_from(self._data)[0]):
+            message: dict[str, Any] = {"error": "program", "text": "its answer cannot be read"}
+            with contextlib.suppress(ValueError):
+                message = json.loads(self._data[4 : 4 + size])
+            del self._data[: 4 + size]
+            if "claim" in message:
+                self._claims.append(tuple(message["claim"]))
+            else:
+                self._answer = message
 
     def finish(self) -> tuple[dict[str, Any], list[int]]:
-        """The answer. Reaps the child, which is killed if it is not over.
+        """The answer. From now on the child is to leave; until it is gone, `collect()`.
 
         Raises
         ------
         ProgramError, OptionError, OSError
             What the work raised, or that it did not end in time.
         """
-        self.kill()
-        if self._complete():
-            answer: dict[str, Any] = {"error": "program", "text": "its answer cannot be read"}
-            with contextlib.suppress(ValueError):
-                answer = json.loads(self._data[4:])
-            if "error" not in answer:
-                return answer, self._fds
-            raise _error(answer)  # an OptionError is a ValueError: nothing here may suppress those
-        if self._closed:
-            raise ProgramError("its import ended the process")
-        raise ProgramError(f"it was not imported within {self.timeout:g} s (boot_timeout)")
+        answer = self._answer
+        if answer is None:
+            self.abandon()
+            if self._closed:
+                raise ProgramError("its import ended the process")
+            raise ProgramError(f"it was not imported within {self.timeout:g} s (boot_timeout)")
+        self._leave(FAREWELL)
+        if "error" in answer:
+            raise _error(answer)
+        self._claims.clear()  # they are the caller's now
+        return answer, self._fds
 
     def result(self) -> str | None:
-        """None if all was well, else what was wrong. Ends the child."""
+        """None if all was well, else what was wrong. The child is to leave, as after `finish()`."""
         try:
-            self.finish()
+            answer, _ = self.finish()
         except (PreforkError, OSError) as error:
             return str(error)
+        if self._use is not None:
+            self._use(answer)
         return None
 
-    def kill(self) -> None:
-        """Kill and reap the child. It may be over already."""
-        self._child.send(signal.SIGKILL)
-        self._child.await_exit()
+    def abandon(self) -> None:
+        """Have the child leave soon, whatever it does. It may be over already."""
+        if self._answer is None:
+            self._child.send(signal.SIGTERM)
+        self._leave(UNHEARD)
+
+    def _leave(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it was told so."""
+        return self._end is not None
+
+    def collect(self, now: float) -> bool:
+        """Whether the child is gone. One that was to leave by now is killed; this does not wait for any other."""
+        if self._end is None:
+            return False
+        if self._child.reap() is None:
+            if now < self._end:
+                return False
+            self._child.send(signal.SIGKILL)
+            self._child.await_exit()
+        if self._answer is None:
+            with contextlib.suppress(OSError):  # what it has said and nobody has heard
+                while not self._closed:
+                    self._take(self._socket.recv(65536, socket.MSG_DONTWAIT))
+        for path, kind in self._claims:
+            listeners.clear(path, kind)
         self._child.release()
         processes.close(self._ends.of_master())
         processes.forget([self.fd])
         self._socket.close()
+        return True
 
 
-def _answer(work: Work, to: socket.socket) -> int:
+def _answer(work: Work, to: socket.socket) -> None:
     fds: list[int] = []
+    listeners.Claim.made = lambda path, kind: _send(to, {"claim": [path, kind]})
     try:
         answer, fds = work()
+    except Told:
+        raise
     except ProgramError as error:
         answer = {"error": "program", "text": str(error)}
     except PreforkError as error:
         answer = {"error": "options", "text": str(error)}
     except OSError as error:
-        answer = {"error": "system", "errno": error.errno, "text": error.strerror or str(error), "file": error.filename}
+        answer = _of_the_system(error)
         if error.errno is None or not _about_binding():
             answer = {"error": "program", "text": f"it raised\n{own_traceback()}"}
     except BaseException:
         answer = {"error": "program", "text": f"it raised\n{own_traceback()}"}
-    data = json.dumps(answer).encode()
+    try:
+        _send(to, answer, fds)
+    except OSError as error:  # a message so short is sent as a whole, or not at all
+        _send(to, _of_the_system(error))
+    for fd in fds:
+        os.close(fd)  # they are the master's now: nobody else may keep them open
+
+
+def _of_the_system(error: OSError) -> dict[str, Any]:
+    return {"error": "system", "errno": error.errno, "text": error.strerror or str(error), "file": error.filename}
+
+
+def _send(to: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
+    data = json.dumps(message).encode()
     data = _LENGTH.pack(len(data)) + data
     if fds:
-        socket.send_fds(to, [data[:4]], fds)
-        data = data[4:]
+        data = data[socket.send_fds(to, [data], fds) :]
     to.sendall(data)
-    return 0
 
 
 def _about_binding() -> bool:

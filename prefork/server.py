@@ -22,6 +22,7 @@ import prefork.workers.chain as chain
 import prefork.workers.disconnect as disconnect
 from prefork.errors import OptionError
 from prefork.options import Options, Settings
+from prefork.originals import refuse_patched
 from prefork.reports import WorkerExit
 from prefork.service import Service, check, renewed, service_of, worker_class
 from prefork.workers.base import Worker
@@ -30,6 +31,7 @@ from prefork.workers.sync import SyncWorker
 log = logs.get("prefork")
 
 _SHOWS = socketserver.BaseServer.handle_error  # a traceback between two lines
+MASTERS = ("select", "threading")  # standard modules that a master needs as they are
 
 
 class PreforkMixIn(Settings):
@@ -93,6 +95,9 @@ class PreforkMixIn(Settings):
                 super().server_bind()  # type: ignore[misc]
             self._claim.bound()
         except BaseException:
+            with contextlib.suppress(OSError):
+                if self.socket.getsockname():  # what failed came after the bind
+                    self._claim.bound()
             self._unclaim()
             raise
 
@@ -184,6 +189,7 @@ class PreforkMixIn(Settings):
         """
         processes.fill_standard()
         pool = service_of(self)
+        refuse_patched(MASTERS, "a master", "patch in the worker")
         if worker_class(self.worker_class).application:
             raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
         options = check([self], SyncWorker)  # which serves single requests, whatever the pool's worker_class is
@@ -278,6 +284,7 @@ def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None
     """
     processes.fill_standard()
     try:
+        refuse_patched(MASTERS, "a master", "patch in the setup() of a worker class, or let the command serve it")
         options = check(servers)
         for server in servers:
             processes.lift(server.socket)  # type: ignore[attr-defined]

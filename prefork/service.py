@@ -4,6 +4,7 @@ A `Service` belongs to one server, or to several that `serve()` joins. It keeps 
 sees drains through, and has single workers serve single requests for `handle_request()`.
 """
 
+import contextlib
 import importlib
 import select
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import prefork.crew as crew
+import prefork.imports as imports
 import prefork.listeners as listeners
 import prefork.logs as logs
 import prefork.master as master
@@ -73,7 +75,7 @@ def worker_class(wanted: object) -> type[Worker]:
     """Resolve the setting `worker_class`: a class, a short name, an entry point's name, or `MODULE:NAME`."""
     found = wanted
     if isinstance(wanted, str):
-        module, colon, name = _reference(wanted).partition(":")
+        module, colon, name = reference(wanted).partition(":")
         if not (colon and module and name) or module.startswith("."):
             known = ", ".join(CLASSES)
             raise OptionError(
@@ -81,7 +83,8 @@ def worker_class(wanted: object) -> type[Worker]:
                 f"registers in the entry points {ENTRY_POINTS}"
             )
         try:
-            found = importlib.import_module(module)
+            with imports.Own() if module.startswith("prefork.") else contextlib.nullcontext():
+                found = importlib.import_module(module)
             for part in name.split("."):
                 found = getattr(found, part)
         except OptionError:
@@ -96,10 +99,12 @@ def worker_class(wanted: object) -> type[Worker]:
     return found
 
 
-def _reference(name: str) -> str:
+def reference(name: str) -> str:
+    """The `MODULE:NAME` that a short name stands for, be it ours or an entry point's; or what it was given."""
     if ":" in name or name in CLASSES:
         return CLASSES.get(name, name)
-    from importlib.metadata import entry_points  # 20 ms, which only a foreign short name costs
+    with imports.Own():
+        from importlib.metadata import entry_points  # 20 ms, which only a foreign short name costs
 
     return next((one.value for one in entry_points(group=ENTRY_POINTS, name=name)), name)
 

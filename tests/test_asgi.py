@@ -23,7 +23,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import prefork
-from prefork.workers.asgi import ASGIWorker
 from prefork.workers.site import Joining
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Address, Program, dial, elapse, patterns, state, switches, until
@@ -1153,12 +1152,16 @@ def test_check(kind: Any, app: Any, says: str) -> None:
 
 def test_without_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without uvicorn the mend is named."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for name in ("asgi", "site"):
+        monkeypatch.delitem(sys.modules, f"prefork.workers.{name}")
+        monkeypatch.delattr(f"prefork.workers.{name}")
     with (
         prefork.PreforkTCPServer(("127.0.0.1", 0), asgi) as server,
         pytest.raises(prefork.OptionError, match=r"pip install 'prefork\[asgi\]'"),
     ):
-        ASGIWorker.check(server)
+        server.worker_class = "asgi"
+        server.serve_forever()
 
 
 def test_the_command_refuses_what_is_no_application(start: Start) -> None:

@@ -15,7 +15,7 @@ KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of wo
 
 # A module imports only from floors below its own.
 FLOORS = (
-    {"errors", "addresses", "options", "states", "reports"},
+    {"errors", "addresses", "imports", "originals", "exits", "options", "states", "reports"},
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "writer", "logs"},
     {"pool", "policy", "stop_sequence"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
@@ -52,6 +52,7 @@ NEXT_DOOR = {
     ("options", "errors"),
     ("processes", "writer"),
     *(("logs", part) for part in ("processes", "writer")),
+    ("originals", "errors"),
     ("lifeline", "processes"),
     ("listeners", "processes"),
     ("signals", "processes"),

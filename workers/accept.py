@@ -22,12 +22,9 @@ again, and the first waits for as long as this worker is busy.
 import contextlib
 import errno
 import os
-import select
 import selectors
-import socket
 import socketserver
 import sys
-import time
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
@@ -35,6 +32,7 @@ from typing import Any, Protocol
 import prefork.logs as logs
 import prefork.processes as processes
 import prefork.scoreboard as scoreboard
+from prefork.originals import select, socket, time
 
 log = logs.get("prefork")
 

@@ -42,6 +42,7 @@ class AsyncioWorker(LoopWorker):
 
     @classmethod
     def check(cls, server: Any) -> None:
+        super().check(server)
         coroutines.check_handler(getattr(server, "RequestHandlerClass", None), server.socket_type)
         for name in ("process_request", "finish_request", "shutdown_request", "close_request"):
             stock = (

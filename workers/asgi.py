@@ -10,7 +10,6 @@ one that rests is closed when it has been silent for `linger` and nothing has ar
 import asyncio
 import contextlib
 import functools
-import importlib.util
 import inspect
 import select
 import socket
@@ -24,6 +23,13 @@ from prefork.errors import OptionError
 from prefork.workers.accept import FULL
 from prefork.workers.gate import Gate
 from prefork.workers.loop import TURN, LoopWorker, bared
+
+try:
+    from prefork.workers import site
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("uvicorn"):
+        raise
+    raise OptionError("worker_class: asgi needs uvicorn; pip install 'prefork[asgi]'") from None
 
 log = logs.get("prefork")
 
@@ -49,11 +55,10 @@ class ASGIWorker(LoopWorker):
 
     @classmethod
     def check(cls, server: Any) -> None:
+        super().check(server)
         if server.socket_type != socket.SOCK_STREAM:
             raise OptionError("worker_class: asgi serves streams, the server takes datagrams; bind tcp:// or unix:")
         check_application(getattr(server, "RequestHandlerClass", None))
-        if importlib.util.find_spec("uvicorn") is None:
-            raise OptionError("worker_class: asgi needs uvicorn; pip install 'prefork[asgi]'")
 
     # -- the life of the loop --------------------------------------------------------------------------------------
 
@@ -65,18 +70,16 @@ class ASGIWorker(LoopWorker):
         self._runner.run(self._start())
 
     async def _start(self) -> None:
-        from prefork.workers.site import Connections, Site
-
-        self._connections = Connections(self.loop, lambda: self._gate.freed())
+        self._connections = site.Connections(self.loop, lambda: self._gate.freed())
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sites: dict[int, Site] = {}
+        self._sites: dict[int, site.Site] = {}
         for server in self.servers:
             app = server.RequestHandlerClass
             if id(app) not in self._sites:
-                site = Site(app, self, self.uvicorn_options, self._accesses)
-                site.state.connections, site.state.tasks = self._connections, self._tasks
-                await site.lifespan.start()
-                self._sites[id(app)] = site
+                made = site.Site(app, self, self.uvicorn_options, self._accesses)
+                made.state.connections, made.state.tasks = self._connections, self._tasks
+                await made.lifespan.start()
+                self._sites[id(app)] = made
 
     def listen(self) -> None:
         self._opening = 0  # accepted, and not among the connections yet
@@ -100,8 +103,8 @@ class ASGIWorker(LoopWorker):
         self._runner.close()
 
     async def _stop(self) -> None:
-        for site in self._sites.values():
-            await site.lifespan.stop()
+        for one in self._sites.values():
+            await one.lifespan.stop()
 
     async def _serve(self) -> None:
         try:
@@ -173,8 +176,8 @@ class ASGIWorker(LoopWorker):
     async def _empty(self) -> None:
         """Take what is to be taken, and have every connection end, none with a request on its way; in a hurry at once,
         whatever is on its way."""
-        for site in self._sites.values():
-            site.closing = True
+        for one in self._sites.values():
+            one.closing = True
         patience = self.options.graceful_timeout
         end = self._left_at + patience - min(self.farewell, patience / 10)
         told: set[Any] = set()
@@ -211,8 +214,6 @@ class ASGIWorker(LoopWorker):
 
     def _dismiss(self, told: set[Any]) -> None:
         """Have connections end that can."""
-        from prefork.workers import site
-
         now, quiet = self.loop.time(), {}
         for one in list(self._connections):
             if site.is_websocket(one):

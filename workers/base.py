@@ -30,7 +30,7 @@ import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout
 from prefork.states import Phase
 from prefork.workers.accept import Acceptor, Taken
-from prefork.workers.child import INTERRUPT, Seat, exit_code, own_memory, set_title
+from prefork.workers.child import INTERRUPT, Seat, Told, exit_code, own_memory, set_title
 from prefork.workers.request import Request, Requests
 
 log = logs.get("prefork")
@@ -285,8 +285,6 @@ class Worker:
         if not self.draining:
             self.draining = True
             self._uplink.say(lifeline.LEAVES)
-            if not self._ready:
-                os._exit(0)  # nobody was served yet; `setup()` may hang for as long as it likes
             try:
                 self.drain()
             except Exception:
@@ -299,7 +297,7 @@ class Worker:
 
     def _on_quit(self, signum: int, frame: types.FrameType | None) -> None:
         self._board.set_phase(Phase.LEAVING)
-        if not self._ready or self._board.floats[scoreboard.BUSY_SINCE]:
+        if self._board.floats[scoreboard.BUSY_SINCE]:
             self._uplink.say(lifeline.LEAVES)
             os._exit(0)
         self.quitting = True
@@ -359,16 +357,16 @@ class Worker:
 
     def live(self) -> int:
         """From ready to the last line. Returns the exit code."""
-        signal.signal(signal.SIGTERM, self._on_term)
-        signal.signal(signal.SIGQUIT, self._on_quit)
         signal.signal(signal.SIGUSR1, self._on_reopen)
         signal.signal(INTERRUPT, self._on_interrupt)
         os.register_at_fork(before=self._hold_signals, after_in_parent=self._free_signals, after_in_child=self._disown)
         self.setup()
         self.listen()
         if self.draining:
-            return 0
+            raise Told  # once more: something in it was deaf to that
         self._ready = True
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGQUIT, self._on_quit)
         self._say_threads(self.threads)
         self._board.set_phase(Phase.SERVING)
         self._uplink.say(lifeline.READY)

@@ -6,15 +6,16 @@ Nothing in it waits on the lifeline: when the master dies the kernel kills the c
 
 import faulthandler
 import gc
-import os
 import signal
 import sys
 import traceback
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import prefork.exits as exits
 import prefork.lifeline as lifeline
 import prefork.logs as logs
 import prefork.scoreboard as scoreboard
@@ -44,17 +45,26 @@ class Seat:
 class Life(Protocol):
     """What the child becomes: a worker."""
 
+    draining: bool
+    _ready: bool  # it is, or was
+    _stuck: bool  # a thread of it does not end
+
     def live(self) -> int: ...
+
+
+class Told(SystemExit):
+    """Raised in a child that is told to leave before it is ready: nobody was served yet, so that nothing is cut off. It
+    ends the boot, whose `finally` blocks and `atexit` functions run. Where it is swallowed, or does not come through,
+    the master kills the child."""
+
+
+ABANDONED = 0.5  # seconds for which a child whose boot came to nothing waits for threads that it has started
 
 
 def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None]) -> int:
     """The child's whole life, given to `processes.fork`. Returns its exit code."""
     uplink = lifeline.Uplink(seat.uplink_write, seat.token)
-
-    def leave(signum: int, frame: types.FrameType | None) -> None:
-        uplink.say(lifeline.LEAVES)
-        os._exit(0)
-
+    life: Life | None = None
     lifeline.arm(seat.lifeline_read, main_thread=seat.main_thread)
     logs.enter_child()
     # The stacks of a hang (ABRT) or a crash (SIGSEGV and its like) go into the report of this worker's death.
@@ -63,18 +73,54 @@ def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None])
         # Not a handler that does nothing: handlers run on the small stack that faulthandler made for this thread, one
         # on top of the other, and six pending signals overflow it.
         signal.signal(one, signal.SIG_IGN)
-    for one in (signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(one, leave)  # until there is a worker to ask
+    told = leave_if_told(lambda: life)  # until there is a worker that is ready
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     set_title(f"{seat.title} starting")
-    unblock()
     try:
-        return build(seat).live()
-    except SystemExit as left:
-        return exit_code(left)
-    except BaseException:
-        uplink.tell(traceback.format_exc())  # the master puts it into the report, and the log
-        return 1
+        unblock()
+        life = build(seat)
+        if told:
+            raise Told
+        code = life.live()
+    except BaseException as error:
+        if told:  # whatever the program has made of that
+            uplink.say(lifeline.LEAVES)
+            code = 0
+            warnings.simplefilter("ignore")  # of files that are not closed, and coroutines that are not awaited
+        elif isinstance(error, SystemExit):
+            code = exit_code(error)
+        else:
+            uplink.tell(traceback.format_exc())  # the master puts it into the report, and the log
+            code = 1
+    if told or life is None or not life._ready:
+        for one in (signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(one, signal.SIG_IGN)
+        exits.run(ABANDONED)
+    else:
+        life.draining = True  # it takes no orders but to hurry
+        if exits.pending():
+            uplink.say(lifeline.EXITS)  # the master sees to it that this ends
+        exits.run(0.0 if life._stuck else None, late=uplink.tell)
+    return code
+
+
+def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
+    """Have TERM and QUIT raise `Told`, once. Returns what is filled with the signal that came."""
+    told: list[int] = []
+
+    def leave(signum: int, frame: types.FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+            # Perhaps in a callback of a weak reference, which would swallow it. Once more, a bytecode later.
+            signal.raise_signal(signum)
+        elif not told:
+            told.append(signum)
+            if (worker := life()) is not None:
+                worker.draining = True
+            raise Told
+
+    for one in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(one, leave)
+    return told
 
 
 def exit_code(left: SystemExit) -> int:

@@ -7,13 +7,14 @@ be known. In doubt it is the program's.
 
 import contextlib
 import io
-import select
 import socket
 import socketserver
 import traceback
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
+
+from prefork.originals import select
 
 # The one that `look_at_stream()` has known; by the time the server is told of it the socket is closed.
 _of_stream: ContextVar[BaseException | None] = ContextVar("_of_stream", default=None)

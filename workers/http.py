@@ -11,7 +11,6 @@ import contextlib
 import io
 import itertools
 import re
-import select
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from urllib.parse import unquote_to_bytes
 import httptools
 
 from prefork.addresses import bracketed, host_port
+from prefork.originals import select
 from prefork.scoreboard import host_and_port
 
 DONTWAIT = int(socket.MSG_DONTWAIT)

@@ -5,6 +5,7 @@ finds a loop that does not turn.
 """
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401  # asyncio imports it when a first call goes to a thread
 import functools
 import socket
 import ssl
@@ -14,10 +15,16 @@ from typing import Any
 
 import prefork.logs as logs
 from prefork.errors import RequestTimeout
+from prefork.originals import refuse_patched
 from prefork.workers.accept import FULL
 from prefork.workers.base import Worker
 from prefork.workers.request import FreeRequest, Request
 from prefork.workers.share import Share
+
+try:
+    import uvloop
+except ImportError:
+    uvloop = None  # type: ignore[assignment]
 
 log = logs.get("prefork")
 logs.get("asyncio")  # on which a loop reports what its callbacks raise
@@ -106,13 +113,13 @@ class LoopWorker(Worker):
 
     slack = 1.0  # a loop that has not turned for so long when a request is due is hung
 
+    @classmethod
+    def check(cls, server: Any) -> None:
+        refuse_patched(("select", "threading"), "asyncio", "leave the patch out, or take worker_class sync or wsgi")
+
     def new_loop(self) -> asyncio.AbstractEventLoop:
         """Make the event loop: uvloop's, or asyncio's own where that is not installed."""
-        try:
-            import uvloop
-        except ImportError:
-            return asyncio.SelectorEventLoop()
-        return uvloop.new_event_loop()
+        return asyncio.SelectorEventLoop() if uvloop is None else uvloop.new_event_loop()
 
     @functools.cached_property
     def _runner(self) -> asyncio.Runner:

@@ -11,7 +11,6 @@ order them anew at each request, and an idle worker does not wake up.
 import contextlib
 import heapq
 import os
-import select
 import socket
 import threading
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import prefork.addresses as addresses
 import prefork.logs as logs
 import prefork.processes as processes
+from prefork.originals import refuse_patched, select
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
@@ -64,6 +64,8 @@ class PollingWorker(Limits, Worker):
         # Not in setup(), which belongs to subclasses.
         super().__init__(servers, seat)
         self.threads = self.options.threads or 1
+        if self.threads > 1:
+            refuse_patched(("threading",), "wsgi with threads", "set threads to 1")
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sites = {server: self.site(server) for server in self.servers}
         self._connections: dict[int, Connection] = {}  # those that wait or that a thread has, by descriptor

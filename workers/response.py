@@ -7,7 +7,6 @@ list, the end of the stream leaves in the same segment (MSG_MORE, then close), w
 import io
 import os
 import re
-import select
 import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from wsgiref.handlers import format_date_time
 
 import prefork.logs as logs
 import prefork.processes as processes
+from prefork.originals import select
 from prefork.workers.http import DONTWAIT, FAULTS, NO_BODY, Connection, Request
 
 log = logs.get("prefork")

@@ -14,6 +14,9 @@ from email.utils import formatdate
 from time import monotonic
 from typing import Any, Protocol
 
+import uvicorn.lifespan.on  # these three would be imported by `Config.load()`, in each worker
+import uvicorn.protocols.http.auto
+import uvicorn.protocols.websockets.auto  # noqa: F401
 from uvicorn import Config
 from uvicorn.server import ServerState
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
+from prefork.originals import refuse_patched
 from prefork.workers.accept import Take, has_plain_peers
 from prefork.workers.base import Worker
 
@@ -18,6 +19,12 @@ class SyncWorker(Worker):
     Where the chain hands requests to other threads (`ThreadingMixIn`, an executor), a worker that leaves waits for all
     of them, daemon threads too.
     """
+
+    @classmethod
+    def check(cls, server: Any) -> None:
+        super().check(server)
+        if chain.hands_over(server):
+            refuse_patched(("threading",), f"{type(server).__name__}.process_request()", "leave ThreadingMixIn out")
 
     def run(self) -> None:
         acceptor = self.acceptor

@@ -20,6 +20,7 @@ from typing import Any
 
 import prefork.logs as logs
 from prefork.errors import RequestTimeout
+from prefork.originals import refuse_patched
 from prefork.workers.base import Worker
 from prefork.workers.child import INTERRUPT
 from prefork.workers.filter import Filter, check_of
@@ -49,6 +50,7 @@ class ThreadWorker(Worker):
     def check(cls, server: Any) -> None:
         super().check(server)
         check_of(server)
+        refuse_patched(("threading",), "worker_class thread", "take sync")
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -29,9 +29,9 @@ listener) ends the main thread's `run()`. A child that the application forks end
 """
 
 import os
-import queue
 import threading
 from collections import deque
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Protocol
 
@@ -87,7 +87,7 @@ class Turns:
         self._keeps = False  # whether a thread keeps the turn to itself; the main thread looks every PATIENCE seconds
         self._stalled = False  # whether all are busy; it looks at deadlines
         # For the main thread: None, there is something to look at; or an exception to leave with.
-        self._news: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._news: SimpleQueue[BaseException | None] = SimpleQueue()
         self._unbegun: set[Connection] = set()  # of those with a request, which are not in hand yet
 
     # -- the main thread -------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Turns:
         """For news, which there are too when a thread has become free in a worker that leaves. Whether there were."""
         try:
             error = self._news.get(timeout=seconds)
-        except queue.Empty:
+        except Empty:
             return False
         if error is not None:
             raise error

@@ -4,7 +4,6 @@ How it waits is in `polling`, what it understands in `http`, what it answers in 
 """
 
 import contextlib
-import select
 import socket
 import struct
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import prefork.logs as logs
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
+from prefork.originals import select
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.workers.child import Seat
 
@@ -44,7 +44,7 @@ class WSGIWorker(PollingWorker):
 
     @classmethod
     def check(cls, server: Any) -> None:
-        if not hasattr(select, "epoll"):
+        if not hasattr(select, "epoll"):  # as it was: gevent.monkey takes it away
             raise OptionError("worker_class: wsgi needs Linux's epoll; use thread with a server from wsgiref")
         if server.socket_type != socket.SOCK_STREAM:
             raise OptionError("worker_class: wsgi serves streams, the server takes datagrams; bind tcp:// or unix:")

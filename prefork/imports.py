@@ -1,0 +1,135 @@
+"""Where modules come from: prefork's own from where it is installed, a program's from its directory.
+
+A program's folder may hold a `queue.py`. The command imports what it stands on before such a folder is looked at, so
+this module is the first to be imported, and imports nothing itself that the interpreter does not hold already. What
+prefork has imported by then is what `import queue` gives to the program, too: there is one module of a name.
+
+In a program of one's own nothing is done here: its script has decided by then what comes first.
+"""
+
+import os
+import sys
+from types import TracebackType
+
+_STANDARD = os.path.dirname(os.__file__)
+_path: list[str] = []  # what the command found in `sys.path`, apart from a directory that `python -m` puts there
+# Modules of the program's with the name of a standard one, where prefork has imported that beside them.
+doubles: dict[str, object] = {}
+
+
+def _is_command() -> bool:
+    """Whether this process was started as `prefork`, or by `python -m prefork`, which is looking for it now."""
+    if sys.argv[:1] == ["-m"]:
+        word = sys.orig_argv[-len(sys.argv)]
+        return word == "prefork" or (word[0] == "-" and word.endswith("mprefork"))
+    return os.path.basename("".join(sys.argv[:1])) == "prefork"
+
+
+def _standard_first(path: list[str]) -> list[str]:
+    """Also before what PYTHONPATH names: that is meant for the program."""
+    return sorted(path, key=lambda entry: not (entry == _STANDARD or os.path.basename(entry) == "lib-dynload"))
+
+
+if _is_command():
+    if sys.argv[0] == "-m" and not sys.flags.safe_path:
+        del sys.path[0]  # the current directory
+    _path = sys.path[:]
+    sys.path[:] = _standard_first(_path)
+
+
+class Own:
+    """`with Own():` around the import of a module of prefork's in a process in which the program was, or may be,
+    imported: neither its folder nor a module of its own that has the name of a standard one gets in between."""
+
+    def __enter__(self) -> None:
+        self._path = sys.path[:]
+        self._aside = {
+            name: module
+            for name, module in list(sys.modules.items())
+            if name.partition(".")[0] in sys.stdlib_module_names and not _is_standard(module)
+        }
+        for name in self._aside:
+            del sys.modules[name]
+        added = [entry for entry in sys.path if entry not in _path] if _path else []
+        sys.path[:] = [*_standard_first(_path or sys.path), *added]  # where an entry point of the program's may lie
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.path[:] = self._path
+        doubles.update({name: module for name, module in self._aside.items() if name in sys.modules})
+        sys.modules.update(self._aside)
+
+
+def _is_standard(module: object) -> bool:
+    """Whether a module with the name of a standard one is that one."""
+    origin = getattr(getattr(module, "__spec__", None), "origin", None) or getattr(module, "__file__", None)
+    if origin is None or not os.path.isabs(origin):  # built in, frozen; or made by nobody's import
+        return True
+    if "-packages" in origin:
+        return False
+    within = origin.startswith(_STANDARD) or "lib-dynload" in origin
+    return within or os.path.realpath(origin).startswith(os.path.realpath(_STANDARD))
+
+
+class Place:
+    """The directory in which a program lives, by the name under which it was given, and the path of its modules.
+
+    What the name stands for may change: a deploy moves a symbolic link. So it is gone to anew before each import.
+
+    Parameters
+    ----------
+    chdir
+        Go there first. Raises OSError.
+    """
+
+    def __init__(self, chdir: str = "") -> None:
+        here = _name_of_here()
+        # The interpreter has made these absolute, by what the directory was then.
+        names = {os.path.abspath(entry): _joined(here, entry) for entry in _relative_entries()} if here else {}
+        self._path = [names.get(entry, entry) for entry in _path or sys.path]
+        if chdir:
+            os.chdir(chdir)
+            here = os.path.join(here, chdir)
+        self.name = here  # "" where it had been removed already
+
+    def absolute(self, path: str) -> str:
+        """A path, from the command line or from the program: each process of the pool shall mean the same by it."""
+        return os.path.join(self.name, path)
+
+    def enter(self) -> None:
+        """In a child, before anything of the program is imported. Where the directory is gone, only that matters which
+        does not lie in it."""
+        sys.path[:] = self._path if not self.name or self.name in self._path else [self.name, *self._path]
+        sys.path_importer_cache.clear()  # what is known of a directory may be of another one with the same name
+        try:
+            os.chdir(self.name)
+        except OSError:
+            return
+        os.environ["PWD"] = self.name  # not in the master: titles of processes are written over its environment
+        if loaded := sys.modules.get("multiprocessing.process"):
+            loaded.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]  # where a process that is spawned begins
+
+    def __str__(self) -> str:
+        if not self.name:
+            return "the current directory (which was removed)"
+        return self.name if os.path.isdir(self.name) else f"{self.name} (which was removed)"
+
+
+def _name_of_here() -> str:
+    """The current directory as a shell calls it, and as the kernel does where there is none; "" where it is gone."""
+    name = os.environ.get("PWD", "")
+    try:
+        here = os.getcwd()
+    except OSError:
+        return ""
+    return name if os.path.isabs(name) and os.path.isdir(name) and os.path.samefile(name, here) else here
+
+
+def _relative_entries() -> list[str]:
+    entries = [] if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [entry for entry in entries if not os.path.isabs(entry)]
+
+
+def _joined(here: str, entry: str) -> str:
+    return here if entry in ("", ".") else os.path.join(here, entry)
