@@ -18,11 +18,10 @@ harm; only what was opened on stdout and stderr before the fork is pointed at st
 """
 
 import atexit
+import collections
 import contextlib
 import logging
-import logging.handlers
 import os
-import queue
 import stat
 import sys
 import threading
@@ -407,9 +406,9 @@ class Background:
     """Delivers records in a thread."""
 
     def __init__(self) -> None:
-        # put() of this kind of queue neither waits nor minds a signal handler.
-        self._queue: queue.SimpleQueue[tuple[logging.Logger, logging.LogRecord] | threading.Event | None]
-        self._queue = queue.SimpleQueue()
+        # Not a `queue`: a program may have a module of that name, where the command is run as `python -m`.
+        self._queue: collections.deque[tuple[logging.Logger, logging.LogRecord] | threading.Event | None]
+        self._queue, self._filled = collections.deque(), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._since = 0.0  # when it began with the record in hand; 0: it has none
         self._dropped = 0
@@ -426,17 +425,21 @@ class Background:
                 _say(record)
             return
         self._told = False
-        if self._queue.qsize() >= LIMIT:
+        if len(self._queue) >= LIMIT:
             self._dropped += 1
             return
         if count := self._dropped:
             self._dropped = 0
             text = "logging: %d records were dropped, handlers of the program are too slow"
             note = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (count,), None)
-            self._queue.put((logger, note))
-        self._queue.put((logger, record))
+            self._add((logger, note))
+        self._add((logger, record))
         if self._thread is None:
             self._start()
+
+    def _add(self, item: tuple[logging.Logger, logging.LogRecord] | threading.Event | None) -> None:
+        self._queue.append(item)
+        self._filled.release()
 
     def _start(self) -> None:
         with self._starting:  # there may be several masters
@@ -455,7 +458,14 @@ class Background:
         return since > 0.0 and monotonic() - since > STUCK
 
     def _run(self) -> None:
-        while item := self._queue.get():
+        while True:
+            self._filled.acquire()
+            try:
+                item = self._queue.popleft()
+            except IndexError:  # it was emptied
+                continue
+            if item is None:
+                break
             if isinstance(item, threading.Event):
                 item.set()
                 continue
@@ -475,7 +485,7 @@ class Background:
         if self._thread is None:
             return True
         done, until = threading.Event(), monotonic() + FAREWELL
-        self._queue.put(done)
+        self._add(done)
         while not done.wait(0.02):
             if self.is_stuck or monotonic() >= until:
                 return False
@@ -492,15 +502,15 @@ class Background:
             atexit.unregister(logging.shutdown)
             processes.renew_stream("stderr")
             processes.renew_stream("stdout")
-        self._queue.put(None)
+        self._add(None)
         if done and self._thread is not None:
             self._thread.join(FAREWELL)
 
     def _empty(self) -> None:
         """Say here what no handler will get."""
-        with contextlib.suppress(queue.Empty):
+        with contextlib.suppress(IndexError):
             while True:
-                item = self._queue.get_nowait()
+                item = self._queue.popleft()
                 if isinstance(item, tuple):
                     _say(item[1])
 

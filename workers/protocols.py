@@ -10,6 +10,7 @@ A head is refused by an application in the place of the program's, so that its a
 
 import contextlib
 import re
+import sys
 from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import Any
@@ -66,15 +67,11 @@ REFUSALS = {status: refusal(status) for status in (400, 431, 501, 505)}
 
 def strict(protocol: Any) -> Any:
     """A subclass of one of uvicorn's two protocols for HTTP/1.1; any other class is returned as it is."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    if issubclass(protocol, H11Protocol):
-        return type(protocol.__name__, (_H11, protocol), {})
-    with contextlib.suppress(ModuleNotFoundError):
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-        if issubclass(protocol, HttpToolsProtocol):
-            return type(protocol.__name__, (_HttpTools, protocol), {})
+    for module, name, mend in (("h11_impl", "H11Protocol", _H11), ("httptools_impl", "HttpToolsProtocol", _HttpTools)):
+        # What is not imported is not what it derives from.
+        base = getattr(sys.modules.get(f"uvicorn.protocols.http.{module}"), name, None)
+        if base is not None and issubclass(protocol, base):
+            return type(protocol.__name__, (mend, protocol), {})
     return protocol
 
 
