@@ -16,7 +16,11 @@ TROUBLE = [patterns.TRACEBACK]
 
 APP = '''
 import itertools, sys
+import prefork.workers.wsgi
 from kit import *
+
+class Impatient(prefork.workers.wsgi.WSGIWorker):
+    SEND_TIMEOUT = 0.2
 
 class Parts:
     """An iterable of `number` parts of 64 KiB, each of which is noted, with an end of its own."""
@@ -87,6 +91,18 @@ def app(environ, start_response):
         case "exit":
             start_response("200 OK", length)
             return Parts(8, lambda: sys.exit(3))
+        case "swallow":
+            write = start_response("200 OK", [])
+            for _ in range(400):
+                try:
+                    write(b"x" * 65536)
+                except OSError:
+                    note("told")
+                    break
+            return [b"end"]
+        case "write-late":
+            write = start_response("200 OK", [])
+            return Parts(8, lambda: write(b"late"))
         case "odd":
             environ["HTTP_REFERER"] = Odd()
         case "more":
@@ -110,7 +126,8 @@ def app(environ, start_response):
 
 
 def serve(start: Start, *flags: object, **options: Any) -> Program:
-    argv = ["app:app", "-b", "tcp://127.0.0.1:0", "--worker-class", "wsgi", *flags]
+    kind = [] if "--worker-class" in flags else ["--worker-class", "wsgi"]
+    argv = ["app:app", "-b", "tcp://127.0.0.1:0", *kind, *flags]
     program: Program = start("prefork", *argv, files={"app.py": APP}, env=path_of_modules(), **options)
     return program.ready()
 
@@ -154,6 +171,29 @@ def test_a_late_end_does_not_undo_an_answer(start: Start) -> None:
         assert len(client.get("/exit").body) == SIZE
         assert client.rest() == b""
     program.wait_ready(1, without=[worker])
+    program.finish()
+
+
+def test_what_was_lost_stays_lost(start: Start, notes: Notes) -> None:
+    """Where a client takes too long, and the application goes on as if nothing had been, its connection is reset: the
+    client does not take a part for the whole."""
+    program = serve(start, "-w", 1, "--worker-class", "app:Impatient")
+    with Web(program.address, window=4096) as client:
+        client.send(b"GET /swallow HTTP/1.1\r\nHost: test\r\n\r\n")
+        noted(notes, "told")
+        with pytest.raises(ConnectionResetError):
+            client.answer()
+    program.finish()
+
+
+def test_what_is_written_too_late(start: Start) -> None:
+    """What an application writes in its close() is no part of its answer, nor of the next one."""
+    program = serve(start, "-w", 1)
+    with Web(program.address) as client:
+        for _ in range(2):
+            answer = client.get("/write-late")
+            assert (len(answer.body), answer.chunked) == (SIZE, True)
+            assert client.get("/").body == b"ok"
     program.finish()
 
 

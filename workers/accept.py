@@ -321,8 +321,7 @@ class Acceptor:
         Raises
         ------
         OSError
-            One of `FULL`: wait `PAUSE` seconds, `say_full()`. Others: the program has
-            closed the listener.
+            One of `FULL`: wait `PAUSE` seconds, `say_full()`. Others: the program has closed the listener.
         """
         server, take = self._takers[fd]
         try:

@@ -192,8 +192,8 @@ class ASGIWorker(LoopWorker):
                 await self._give_up()
                 return
             await asyncio.sleep(TURN)
-        for one in list(self._connections):
-            one.transport.abort()  # to close it would wait for a client that is slow to take its last answer
+        for connection in list(self._connections):
+            connection.transport.abort()  # to close it would wait for a client that is slow to take its last answer
 
     def _look_again(self) -> bool:
         """No wake-up may be lost that the kernel gave to this worker alone, and when the whole pool stops the queue is

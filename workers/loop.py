@@ -136,9 +136,10 @@ class LoopWorker(Worker):
         """What is raised in a callback of the loop. Of asyncio's own loop it may be that there is no room for one more
         connection in its epoll: nobody would ever hear of that connection again. (uvloop leaves all of it to libuv.)"""
         error, callback = context.get("exception"), getattr(context.get("handle"), "_callback", None)
-        transport = getattr(callback, "__self__", None)
-        if isinstance(error, OSError) and error.errno in FULL and isinstance(transport, asyncio.Transport):
-            self.acceptor.say_full(error, "wait for one more connection", "it is closed")
+        transport, acceptor = getattr(callback, "__self__", None), self._acceptor
+        is_full = isinstance(error, OSError) and error.errno in FULL
+        if acceptor is not None and isinstance(transport, asyncio.Transport) and is_full:
+            acceptor.say_full(context["exception"], "wait for one more connection", "it is closed")
             transport.abort()
         else:
             loop.default_exception_handler(context)

@@ -177,8 +177,9 @@ class Response(Request):
             self._leave_out()
             return
         if self._head_only():
-            self._send(self._begin(-1))
-            self.whole = True
+            if not self.begun:
+                self._send(self._begin(-1))
+                self.whole = True
             return
         size, length = len(data), self._length
         if 0 <= length < self.sent + size:
@@ -351,14 +352,15 @@ class Response(Request):
     def _lost(self, why: object) -> Gone:
         """The client does not get all of the answer, whatever the application makes of this exception."""
         self.kept = False
-        self._connection.broken = not self.whole
+        if not self.whole:
+            self._connection.broken = True
         return Gone(str(why))
 
     def _send_file(self, wrapper: FileWrapper) -> bool:
         """Whether the kernel has sent the file. If it has not, all that is left of it is to be read."""
-        if self.begun or self._head_only() or not (found := _plain_file(wrapper.filelike)):
+        if self.begun or self._head_only() or not (plain := _plain_file(wrapper.filelike)):
             return False
-        fd, offset, size = found
+        fd, offset, size = plain
         if self._length >= 0:
             size = min(size, self._length)
         sock = self._connection.sock

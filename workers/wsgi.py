@@ -68,9 +68,8 @@ class WSGIWorker(PollingWorker):
     def site(self, server: Any) -> Site:
         address = server.socket.getsockname()
         name, port = server_name(address)
-        if isinstance(
-            address, tuple
-        ):  # accepted sockets inherit it; where head and body are two sends, the second must not wait for an ACK
+        if isinstance(address, tuple):
+            # Accepted sockets inherit it; where head and body are two sends, the second must not wait for an ACK.
             server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         base = {
             "wsgi.version": (1, 0),
