@@ -384,11 +384,13 @@ class Program:
         kind = self._enter()
         asked: dict[int, object] = {}
         begun: list[Any] = []
-        bind = socketserver.TCPServer.server_bind
+        bind, binds = socketserver.TCPServer.server_bind, self.binds
 
         def server_bind(self: Any) -> None:
             asked[id(self)] = _plain(self.server_address)
             begun.append(self)
+            if _is_beside_ipv4(self, binds):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             bind(self)
 
         socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
@@ -456,6 +458,20 @@ class Program:
 
 def _own_modules() -> list[str]:
     return [name for name in sys.modules if name.startswith("prefork.")]
+
+
+def _is_beside_ipv4(made: Any, binds: Sequence[Bind]) -> bool:
+    """Whether a server of all IPv6 addresses is to leave those of IPv4, on the same port, to another `-b`. Alone it
+    takes what the system gives it, which is usually both."""
+    if made.address_family != socket.AF_INET6:
+        return False
+    host, port = made.server_address[:2]
+    try:
+        every = not host or not any(socket.inet_pton(socket.AF_INET6, host))
+    except OSError:  # a name, or an address with a zone
+        return False
+    beside = [one.address[1] for one in binds if (one.family, one.kind) == (socket.AF_INET, made.socket_type)]
+    return every and port != 0 and port in beside
 
 
 def _plain(address: object) -> object:
