@@ -68,7 +68,10 @@ def _serve(given: argparse.Namespace) -> int:
         raise OptionError(f"--chdir: {given.chdir!r} cannot be gone to: {error.strerror}") from None
     options = Options(flags)
     binds = [Bind.parse(text, place) for text in given.bind]
-    program = Program(given.program, binds, place, flags.get("worker_class"))
+    of_files: dict[str, object] = {name: flags[name] for name in ("unix_mode", "unix_group") if name in flags}
+    if of_files and (nameless := [bind.text for bind in binds if bind.is_abstract]):
+        raise OptionError(f"{next(iter(of_files))}: {nameless[0]} has no file, everybody here may use it; use a path")
+    program = Program(given.program, binds, place, flags.get("worker_class"), of_files)
     try:
         program.open(options.boot_timeout)
         return _run(program, Options(with_whole_paths(program.settings | flags, place.absolute)))
@@ -135,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "-b", "--bind", action="append", default=[], metavar="ADDRESS",
-        help="tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unixgram:PATH; may be repeated",
+        help="tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unixgram:PATH (@NAME: abstract); may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--chdir", default="", metavar="DIR", help="run as if it had been started in this directory; it may be a link"
@@ -155,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _metavar(one: Setting) -> str:
+    if one.octal or one.name == "unix_group":
+        return "MODE" if one.octal else "GROUP"
     return {"seconds": "SECONDS", "bytes": "BYTES"}.get(one.unit) or {object: "CLASS", str: "FILE"}.get(one.kind, "N")
 
 
@@ -169,7 +174,7 @@ def _kind(one: Setting) -> Callable[[str], object]:
         if one.unit == "bytes" and text[-1:].upper() in _SUFFIXES:
             number, factor = text[:-1], _SUFFIXES[text[-1].upper()]
         with contextlib.suppress(ValueError):
-            value = int(number) * factor if one.kind is int else float(number)
+            value = int(number, 8 if one.octal else 10) * factor if one.kind is int else float(number)
         try:
             return one.check(value)
         except OptionError as error:

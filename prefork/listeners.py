@@ -22,6 +22,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import grp
 import os
 import select
 import socket
@@ -34,6 +35,7 @@ from typing import ClassVar
 
 import prefork.addresses as addresses
 import prefork.processes as processes
+from prefork.errors import OptionError
 
 _SO_ATTACH_FILTER = 26
 _SO_DETACH_FILTER = 27
@@ -319,6 +321,34 @@ class Claim:
         found = os.lstat(self.path)
         self._file = found.st_dev, found.st_ino
 
+    def give(self, group: int, mode: int) -> None:
+        """Give our file to a group, and it the permissions that were kept back until now.
+
+        Raises
+        ------
+        OSError
+            EPERM: this process is not in the group.
+        """
+        name, fd = self.path, -1
+        if sys.platform == "linux":
+            # Whoever may write to the folder could put another file in its place, meanwhile.
+            fd = os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if os.path.exists(f"/proc/self/fd/{fd}"):
+                name = f"/proc/self/fd/{fd}"
+        try:
+            found = os.stat(name)
+            if (found.st_dev, found.st_ino) != self._file:
+                raise OSError(errno.EADDRINUSE, "another server has taken this path", self.path)
+            try:
+                os.chown(name, -1, group)
+            except OSError as error:
+                why = f"it cannot be given to group {group}: {error.strerror}"
+                raise OSError(error.errno, why, self.path) from None
+            os.chmod(name, mode)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
     def hand_over(self) -> tuple[str, tuple[int, int] | None, int]:
         """What another process needs to become the owner: path, identity of the file, and the lock's descriptor."""
         return self.path, self._file, self._lock
@@ -349,6 +379,24 @@ def clear(path: str, kind: int) -> None:
     """Remove what a process has left that had claimed a path, unless somebody lives there."""
     with contextlib.suppress(OSError):
         Claim(path, kind).release()
+
+
+def group(name: str) -> int | None:
+    """The number of a group, by its name or number; None for "".
+
+    Raises
+    ------
+    OptionError
+        There is none of this name.
+    """
+    if not name:
+        return None
+    if name.isascii() and name.isdigit() and int(name) < 2**32 - 1:
+        return int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError):  # ValueError: a NUL in it
+        raise OptionError(f"unix_group: there is no group {name!r} on this system") from None
 
 
 _umask = threading.Lock()

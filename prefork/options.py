@@ -31,9 +31,10 @@ class Setting:
         none: bool,
         flag: bool,
         unit: str,
+        octal: bool,
     ) -> None:
         self.default, self.kind, self.help, self.low, self.high, self.none = default, kind, help, low, high, none
-        self.flag, self.unit = flag, unit
+        self.flag, self.unit, self.octal = flag, unit, octal
         self.name = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -83,7 +84,9 @@ class Setting:
         what = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[self.kind]
         if self.unit:
             what += f" of {self.unit}"
-        if self.low is not None and self.high is not None:
+        if self.octal:
+            what = f"an octal number from 0o{self.low or 0:o} to 0o{self.high or 0:o}"
+        elif self.low is not None and self.high is not None:
             what += f" from {self.low:g} to {self.high:g}"
         elif self.low is not None:
             what += f", {self.low:g} or more"
@@ -100,9 +103,16 @@ def setting(
     none: bool = False,
     flag: bool = True,
     unit: str = "",
+    octal: bool = False,
 ) -> T:
-    """Declare a setting. To a type checker it is its value, as with `dataclasses.field`."""
-    declared = Setting(default, kind, help, low=low, high=high, none=none, flag=flag, unit=unit)
+    """Declare a setting. To a type checker it is its value, as with `dataclasses.field`.
+
+    Parameters
+    ----------
+    octal
+        The command reads it, and errors show its bounds, as chmod(1) does.
+    """
+    declared = Setting(default, kind, help, low=low, high=high, none=none, flag=flag, unit=unit, octal=octal)
     return cast(T, declared)
 
 
@@ -169,7 +179,16 @@ class Settings:
     block_on_close: bool = setting(
         True, bool, "server_close() waits for the drain (False: orders it and returns)", flag=False
     )
-    unix_mode: int = setting(0o600, int, "permissions of a Unix socket's file", low=0, high=0o777, flag=False)
+    unix_mode: int | None = setting(
+        None,
+        int,
+        "permissions of a Unix socket's file, in octal; default: 0600, with unix_group 0660",
+        low=0,
+        high=0o777,
+        none=True,
+        octal=True,
+    )
+    unix_group: str = setting("", str, "group of a Unix socket's file, by name or number; default: the process's")
 
 
 def declared() -> Iterator[Setting]:

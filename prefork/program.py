@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import prefork.imports as imports
@@ -47,7 +48,8 @@ class Bind:
 
     @classmethod
     def parse(cls, text: str, place: imports.Place) -> "Bind":
-        """`tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:PATH`, `unixgram:PATH`; an IPv6 host in brackets.
+        """`tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:PATH`, `unixgram:PATH`; an IPv6 host in brackets; a path that
+        begins with @ is a name without a file (Linux).
 
         Parameters
         ----------
@@ -68,6 +70,8 @@ class Bind:
                     raise OptionError(
                         f"--bind: the path in {text!r} is longer than the {UNIX_PATH} bytes a Unix socket may have"
                     )
+                if path[0] == "@":
+                    return cls(socket.AF_UNIX, kind, _abstract(path, text), text)
                 # The program may change its directory before it is bound; a path that is too long then stays as it is.
                 whole = place.absolute(path)
                 return cls(socket.AF_UNIX, kind, whole if len(os.fsencode(whole)) <= UNIX_PATH else path, text)
@@ -86,6 +90,19 @@ class Bind:
         raise OptionError(
             f"--bind: {text!r} is no address; use tcp://HOST:PORT, udp://HOST:PORT, unix:PATH or unixgram:PATH"
         )
+
+    @property
+    def is_abstract(self) -> bool:
+        """Whether it is a name of Unix sockets that is no file."""
+        return self.family == socket.AF_UNIX and self.address[0] == "\0"
+
+
+def _abstract(path: str, text: str) -> str:
+    if sys.platform != "linux":
+        raise OptionError(f"--bind: {text!r} names an abstract socket, which only Linux has; write ./{path} for a file")
+    if path == "@":
+        raise OptionError(f"--bind: {text!r} names no socket; write {text}name")
+    return "\0" + path[1:]
 
 
 _SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
@@ -289,11 +306,20 @@ class Program:
     ----------
     worker_class
         As the command was given it; None: what the program says.
+    of_files
+        `unix_mode` and `unix_group`, likewise: they count when a server binds, before anybody sees it.
     """
 
-    def __init__(self, target: str, binds: Sequence[Bind], place: imports.Place, worker_class: object = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        binds: Sequence[Bind],
+        place: imports.Place,
+        worker_class: object = None,
+        of_files: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
         self.target, self.binds, self._place = target, list(binds), place
-        self._worker_class = worker_class
+        self._worker_class, self._of_files = worker_class, of_files
         self.sockets: list[socket.socket] = []
         self.claims: list[listeners.Claim] = []
         self.settings: dict[str, object] = {}
@@ -384,7 +410,12 @@ class Program:
         kind = self._enter()
         asked: dict[int, object] = {}
         begun: list[Any] = []
-        bind, binds = socketserver.TCPServer.server_bind, self.binds
+        bind, binds, of_files = socketserver.TCPServer.server_bind, self.binds, self._of_files
+        claim = server.PreforkMixIn.server_bind
+
+        def server_claim(self: Any) -> None:
+            vars(self).update(of_files)
+            claim(self)
 
         def server_bind(self: Any) -> None:
             asked[id(self)] = _plain(self.server_address)
@@ -394,6 +425,7 @@ class Program:
             bind(self)
 
         socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
+        server.PreforkMixIn.server_bind = server_claim  # type: ignore[method-assign]
         try:
             servers = build(self.target, self.binds, self._place, kind)
             check(servers, kind)

@@ -75,12 +75,15 @@ class PreforkMixIn(Settings):
     # -- construction ----------------------------------------------------------------------------------------------
 
     def server_bind(self) -> None:
-        """Bind as the server's class says. A Unix path is claimed first, and its file made with `unix_mode`.
+        """Bind as the server's class says. A Unix path is claimed first, and its file made with `unix_mode`, for
+        `unix_group`.
 
         Raises
         ------
         OSError
             EADDRINUSE, also where another server lives on the Unix path; EACCES, ...
+        OptionError
+            There is no such group.
         """
         if self.socket_type == socket.SOCK_DGRAM and _declares(type(self), "allow_reuse_address") is PreforkMixIn:
             # To datagrams the option means something else: a second server may take the address, and the traffic.
@@ -89,11 +92,18 @@ class PreforkMixIn(Settings):
         if self.address_family != socket.AF_UNIX or not path or path[:1] in ("\0", b"\0"):
             super().server_bind()  # type: ignore[misc]
             return
+        options = Options.of(self)
+        group = listeners.group(options.unix_group)
+        mode = options.unix_mode
+        if mode is None:
+            mode = 0o600 if group is None else 0o660
         self._claim = listeners.Claim(os.fsdecode(path), self.socket_type)
         try:
-            with listeners.permissions(Options.of(self).unix_mode):
+            with listeners.permissions(mode if group is None else mode & 0o700):  # the rest is for that group
                 super().server_bind()  # type: ignore[misc]
             self._claim.bound()
+            if group is not None:
+                self._claim.give(group, mode)
         except BaseException:
             with contextlib.suppress(OSError):
                 if self.socket.getsockname():  # what failed came after the bind

@@ -381,8 +381,6 @@ def rows() -> Iterator[str]:
 def default(one: Setting) -> str:
     if callable(one.default):
         return "processors"
-    if one.name == "unix_mode":
-        return f"`{one.default:#o}`"
     return f"`{one.default!r}`" if isinstance(one.default, str) else f"`{one.default}`"
 
 

@@ -41,7 +41,8 @@ WRONG: dict[str, list[object]] = {
     "max_lifetime": [-1, None, math.nan],
     "max_surge": [0, -1, 1.0, None, MAX_WORKERS + 1],
     "block_on_close": [0, 1, None, "yes"],
-    "unix_mode": [-1, 0o1000, "0600", None],
+    "unix_mode": [-1, 0o1000, "0600", 660, 0.5, True],
+    "unix_group": [None, 33, b"adm"],
 }
 STRANGE = [Lines(), Mute(), object(), "x" * 1000, "a\nb", -(10**5000), b"\n", ..., {}]
 
@@ -64,8 +65,8 @@ def test_wrong(name: str, value: object) -> None:
 @pytest.mark.parametrize("value", STRANGE, ids=range(len(STRANGE)))
 def test_strange(name: str, value: object) -> None:
     """Also a value that cannot be shown, or only at length, is refused in one short line."""
-    if name == "access_log" and isinstance(value, str):
-        assert getattr(Options({name: value}), name) == value, "any text may be the name of a file"
+    if name in ("access_log", "unix_group") and isinstance(value, str):
+        assert getattr(Options({name: value}), name) == value, "any text may be the name of a file, or of a group"
         return
     line = refused(name, value)
     assert line.startswith(f"{name}: must be ") and len(line.splitlines()) == 1 and len(line) < 200
@@ -74,6 +75,11 @@ def test_strange(name: str, value: object) -> None:
 def test_all_settings_are_tried() -> None:
     """No setting with bounds or a type is missing above."""
     assert {one.name for one in declared()} - set(WRONG) == {"worker_class"}
+
+
+def test_all_settings_have_a_flag() -> None:
+    """The command takes every setting, apart from the one that is about a call which only programs make."""
+    assert {one.name for one in declared() if not one.flag} == {"block_on_close"}
 
 
 def test_the_words() -> None:
