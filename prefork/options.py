@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
+from prefork.cpus import usable_cpus
 from prefork.errors import OptionError
 
 T = TypeVar("T")
@@ -116,19 +117,15 @@ def setting(
     return cast(T, declared)
 
 
-def usable_cpus() -> int:
-    """How many processors this process may run on, at least 1."""
-    try:
-        return max(1, len(os.sched_getaffinity(0)))
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1
-
-
 class Settings:
     """The settings of a pool, as class attributes."""
 
     workers: int = setting(
-        cast(int, usable_cpus), int, "worker processes; default: usable processors", low=1, high=MAX_WORKERS
+        cast(int, usable_cpus),
+        int,
+        "worker processes; default: processors, as many as its cgroup may use",
+        low=1,
+        high=MAX_WORKERS,
     )
     worker_class: Any = setting("sync", object, "a Worker class: sync, thread, asyncio, wsgi, asgi, or MODULE:NAME")
     threads: int | None = setting(

@@ -15,7 +15,7 @@ KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of wo
 
 # A module imports only from floors below its own.
 FLOORS = (
-    {"errors", "addresses", "imports", "originals", "exits", "options", "states", "reports"},
+    {"errors", "cpus", "addresses", "imports", "originals", "exits", "options", "states", "reports"},
     {"signals", "listeners", "processes", "scoreboard", "lifeline", "writer", "logs"},
     {"pool", "policy", "stop_sequence"},
     {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
@@ -49,7 +49,7 @@ NEXT_DOOR = {
     *(("workers.polling", f"workers.{part}") for part in ("accept", "child", "base", "share")),
     *(("workers.polling", f"workers.{part}") for part in ("http", "response", "turns")),
     *(("workers.turns", f"workers.{part}") for part in ("child", "http")),
-    ("options", "errors"),
+    *(("options", part) for part in ("errors", "cpus")),
     ("processes", "writer"),
     *(("logs", part) for part in ("processes", "writer")),
     ("originals", "errors"),
