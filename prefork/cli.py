@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import types
 from collections.abc import Callable, Sequence
 
@@ -86,7 +87,7 @@ def _leave(signum: int, frame: types.FrameType | None) -> None:
 def _run(program: Program, options: Options) -> int:
     names = [listeners.describe(sock) for sock in program.sockets]
     claims = {claim.path: claim for claim in program.claims}
-    sockets = [listeners.Listener(sock, claim=claims.get(sock.getsockname())) for sock in program.sockets]
+    sockets = [listeners.Listener(sock, claim=claims.get(_path_of(sock))) for sock in program.sockets]
     for one, name in zip(sockets, names, strict=True):
         one.open(blocking=len(sockets) == 1)
         log.info("listening on %s", name)
@@ -117,6 +118,11 @@ def _run(program: Program, options: Options) -> int:
         running.close()
     log.info("stopped")
     return 0
+
+
+def _path_of(sock: socket.socket) -> str:
+    address = sock.getsockname()
+    return listeners.real_path(address) if isinstance(address, str) and address else ""
 
 
 class _Hooks:

@@ -248,9 +248,7 @@ class Claim:
     made: ClassVar[Callable[[str, int], object] | None] = None  # told of each, by path and kind, before anything else
 
     def __init__(self, path: str, kind: int) -> None:
-        # The program may change its directory later, and a deploy a link in the path.
-        folder, name = os.path.split(os.path.abspath(path))
-        self.path = os.path.join(os.path.realpath(folder), name)
+        self.path = real_path(path)
         self._owner = os.getpid()
         self._file: tuple[int, int] | None = None
         self._lock = self._acquire(self.path + ".lock")
@@ -366,13 +364,32 @@ class Claim:
         if self._owner != os.getpid() or self._lock < 0:
             return
         with contextlib.suppress(OSError):
-            found = os.lstat(self.path)
-            if (found.st_dev, found.st_ino) == self._file:
+            if self._is_there():
                 os.unlink(self.path)
         with contextlib.suppress(OSError):
             os.unlink(self.path + ".lock")
         processes.close([self._lock])
         self._lock = -1
+
+    def _is_there(self) -> bool:
+        """Whether the file on the path is ours."""
+        if self._file is None:
+            return False
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return False
+        except OSError:  # the system refuses to tell; the folder knows its number as well
+            folder, name = os.path.split(self.path)
+            with os.scandir(folder) as entries:
+                return any(entry.name == name and entry.inode() == self._file[1] for entry in entries)
+        return (found.st_dev, found.st_ino) == self._file
+
+
+def real_path(path: str) -> str:
+    """A path whose folder is what it is now: the program may change its directory, and a deploy a link in the path."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def clear(path: str, kind: int) -> None:

@@ -377,8 +377,7 @@ class Program:
     def close(self) -> None:
         for claim in self.claims:
             claim.release()
-        for sock in self.sockets:
-            sock.close()
+        processes.close(sock.detach() for sock in self.sockets)
         self.sockets, self.claims = [], []
         for one in self._scouts:
             one.abandon()

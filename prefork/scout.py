@@ -96,10 +96,9 @@ class Scout:
             self._socket.close()
             raise
         finally:
-            processes.close(ends.of_worker())
-            theirs.close()
+            processes.close([*ends.of_worker(), theirs.detach()])
         self._child = processes.Child(pid)
-        self._ends = ends
+        self._ends: tuple[int, ...] = ends.of_master()
 
     def over(self) -> bool:
         """Take what has arrived, without waiting. Whether that is all there will be."""
@@ -160,7 +159,8 @@ class Scout:
     def abandon(self) -> None:
         """Have the child leave soon, whatever it does. It may be over already."""
         if self._answer is None:
-            self._child.send(signal.SIGTERM)
+            with contextlib.suppress(OSError):
+                self._child.send(signal.SIGTERM)
         self._leave(UNHEARD)
 
     def _leave(self, seconds: float) -> None:
@@ -178,8 +178,11 @@ class Scout:
         if self._child.reap() is None:
             if now < self._end:
                 return False
-            self._child.send(signal.SIGKILL)
+            self._let_go()  # of which it dies where the signal is refused
+            with contextlib.suppress(OSError):
+                self._child.send(signal.SIGKILL)
             self._child.await_exit()
+        self._let_go()
         if self._answer is None:
             with contextlib.suppress(OSError):  # what it has said and nobody has heard
                 while not self._closed:
@@ -187,10 +190,13 @@ class Scout:
         for path, kind in self._claims:
             listeners.clear(path, kind)
         self._child.release()
-        processes.close(self._ends.of_master())
-        processes.forget([self.fd])
-        self._socket.close()
+        processes.close([self._socket.detach()])
         return True
+
+    def _let_go(self) -> None:
+        """Of the child's lifeline and uplink."""
+        processes.close(self._ends)
+        self._ends = ()
 
 
 def _answer(work: Work, to: socket.socket) -> None:
