@@ -34,7 +34,7 @@ def forget() -> None:
     atexit.register(logging.shutdown)
     for name, attribute in _OF_THE_PARENT:
         if module := sys.modules.get(name):
-            getattr(module, attribute).clear()
+            getattr(module, attribute, {}).clear()
     if module := sys.modules.get("multiprocessing.util"):
         atexit.register(module._exit_function)
     _registered = atexit._ncallbacks()

@@ -25,9 +25,13 @@ def _is_command() -> bool:
     return os.path.basename("".join(sys.argv[:1])) == "prefork"
 
 
+def _is_standard_entry(entry: str) -> bool:
+    return (entry.startswith(_STANDARD) and "-packages" not in entry) or os.path.basename(entry) == "lib-dynload"
+
+
 def _standard_first(path: list[str]) -> list[str]:
     """Also before what PYTHONPATH names: that is meant for the program."""
-    return sorted(path, key=lambda entry: not (entry == _STANDARD or os.path.basename(entry) == "lib-dynload"))
+    return sorted(path, key=lambda entry: not _is_standard_entry(entry))
 
 
 if _is_command():
@@ -64,12 +68,10 @@ class Own:
 def _is_standard(module: object) -> bool:
     """Whether a module with the name of a standard one is that one."""
     origin = getattr(getattr(module, "__spec__", None), "origin", None) or getattr(module, "__file__", None)
-    if origin is None or not os.path.isabs(origin):  # built in, frozen; or made by nobody's import
+    if not isinstance(origin, str) or not os.path.isabs(origin):  # built in, frozen; or made by nobody's import
         return True
-    if "-packages" in origin:
-        return False
-    within = origin.startswith(_STANDARD) or "lib-dynload" in origin
-    return within or os.path.realpath(origin).startswith(os.path.realpath(_STANDARD))
+    folder = os.path.dirname(origin)
+    return _is_standard_entry(folder) or _is_standard_entry(os.path.realpath(folder))
 
 
 class Place:
@@ -101,7 +103,9 @@ class Place:
         """In a child, before anything of the program is imported. Where the directory is gone, only that matters which
         does not lie in it."""
         sys.path[:] = self._path if not self.name or self.name in self._path else [self.name, *self._path]
-        sys.path_importer_cache.clear()  # what is known of a directory may be of another one with the same name
+        for entry in list(sys.path_importer_cache):
+            if not _is_standard_entry(entry):  # what is known of it may be of another directory with the same name
+                del sys.path_importer_cache[entry]
         try:
             os.chdir(self.name)
         except OSError:

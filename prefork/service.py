@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -83,7 +84,8 @@ def worker_class(wanted: object) -> type[Worker]:
                 f"registers in the entry points {ENTRY_POINTS}"
             )
         try:
-            with imports.Own() if module.startswith("prefork.") else contextlib.nullcontext():
+            own = module.startswith("prefork.") and module not in sys.modules
+            with imports.Own() if own else contextlib.nullcontext():
                 found = importlib.import_module(module)
             for part in name.split("."):
                 found = getattr(found, part)

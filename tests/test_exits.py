@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from programs2.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
-from support import Program, ask, children, patterns, title, until
+from support import Program, ask, children, elapse, patterns, title, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -235,6 +235,23 @@ def test_an_end_that_hangs_is_ended(start: Start) -> None:
     program.wait_for(r"left: it did not drain within graceful_timeout")
     (program.work / "hang").unlink()
     program.finish()
+
+
+def test_an_end_has_no_deadline_of_a_request(start: Start, notes: Notes) -> None:
+    """What is registered may take longer than request_timeout, also where a request has ended the worker."""
+    app = APP + "atexit.register(lambda: (HOME / 'slow').exists() and pass_gate('go'))\n"
+    program = command(start, "app:Handler", "-w", 1, "--request-timeout", 0.2, app=app).ready()
+    (worker,) = program.wait_ready(1)
+    program.write("slow", "")
+    with ExitStack() as stack:
+        assert rest(hold(program.address, stack, "leave 0")) == b""
+    until(lambda: ask(program.address).pid != worker, 5, "another one serves")
+    elapse(0.5)
+    assert not ends(notes, worker)
+    program.write("go", "")
+    until(lambda: ends(notes, worker) == ["second", "first"], 5, "it has ended in order")
+    program.finish()
+    assert "deadline" not in program.log
 
 
 # -- before it is ready ------------------------------------------------------------------------------------------------

@@ -181,6 +181,16 @@ def serve():
 """
 
 
+SERVING = """
+import os
+here = os.getcwd()
+import app
+os.chdir(here)
+app.Server.service_actions = lambda server: os.chdir("/")
+app.serve()
+"""
+
+
 @pytest.mark.parametrize("how", ["wsgi", "asgi", "server", "chdir", "script"])
 def test_a_relative_access_log(start: Start, tmp_path: Path, how: str) -> None:
     """A relative path of the access log begins where the command was started, or was told to go, and in a script where
@@ -191,7 +201,7 @@ def test_a_relative_access_log(start: Start, tmp_path: Path, how: str) -> None:
     (where / "app.py").write_text(MOVING)
     arguments: list[object] = ["prefork", "app:Server", "-b", TCP, "-w", 1]
     if how == "script":
-        (work / "serving.py").write_text("import os\nhere = os.getcwd()\nimport app\nos.chdir(here)\napp.serve()\n")
+        (work / "serving.py").write_text(SERVING)
         arguments = ["{work}/serving.py"]
     elif how != "server":
         kind = "asgi" if how == "asgi" else "wsgi"

@@ -98,6 +98,8 @@ def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None])
         exits.run(ABANDONED)
     else:
         life.draining = True  # it takes no orders but to hurry
+        signal.signal(INTERRUPT, signal.SIG_IGN)
+        seat.board.floats[scoreboard.DEADLINE] = 0.0  # of a request that has ended it
         if exits.pending():
             uplink.say(lifeline.EXITS)  # the master sees to it that this ends
         exits.run(0.0 if life._stuck else None, late=uplink.tell)
