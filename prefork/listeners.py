@@ -334,8 +334,8 @@ class Claim:
             if os.path.exists(f"/proc/self/fd/{fd}"):
                 name = f"/proc/self/fd/{fd}"
         try:
-            found = os.stat(name)
-            if (found.st_dev, found.st_ino) != self._file:
+            file = os.stat(name)
+            if (file.st_dev, file.st_ino) != self._file:
                 raise OSError(errno.EADDRINUSE, "another server has taken this path", self.path)
             try:
                 os.chown(name, -1, group)

@@ -501,8 +501,8 @@ def _is_beside_ipv4(made: Any, binds: Sequence[Bind]) -> bool:
         every = not host or not any(socket.inet_pton(socket.AF_INET6, host))
     except OSError:  # a name, or an address with a zone
         return False
-    beside = [one.address[1] for one in binds if (one.family, one.kind) == (socket.AF_INET, made.socket_type)]
-    return every and port != 0 and port in beside
+    ports = [bind.address[1] for bind in binds if (bind.family, bind.kind) == (socket.AF_INET, made.socket_type)]
+    return every and port != 0 and port in ports
 
 
 def _plain(address: object) -> object:

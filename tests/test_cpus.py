@@ -120,8 +120,8 @@ def test_whatever_is_read(data: st.DataObject) -> None:
         ["0", "4", "::", ":cpu:", "/", "/a/b", "..", " - ", "cgroup2", "cgroup", "cpu", "rw", "\n", " "]
     )
     texts = st.lists(word | st.text(max_size=3), max_size=30).map("".join)
-    found = quota_of(lambda path: data.draw(texts))
-    assert found is None or found > 0
+    processors = quota_of(lambda path: data.draw(texts))
+    assert processors is None or processors > 0
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def group() -> Iterator[Path]:
     """A control group whose quota may be set; it is removed after the test."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two processors, or a quota of one would limit nothing")
-    for one in cpus.groups(cpus.read("/proc/self/cgroup"), cpus.read("/proc/self/mountinfo")):
-        controllers = cpus.read(f"{one.directory}/cgroup.subtree_control").split()
-        if one.version == 2 and "cpu" not in controllers:
+    for own in cpus.groups(cpus.read("/proc/self/cgroup"), cpus.read("/proc/self/mountinfo")):
+        controllers = cpus.read(f"{own.directory}/cgroup.subtree_control").split()
+        if own.version == 2 and "cpu" not in controllers:
             continue
-        made = Path(one.directory) / f"prefork-test-{os.getpid()}"
+        made = Path(own.directory) / f"prefork-test-{os.getpid()}"
         try:
             made.mkdir()
         except OSError:

@@ -34,7 +34,7 @@ def is_clients(request: Any, error: BaseException | None) -> bool:
     if not (frames := _frames(error)):
         return False
     if isinstance(request, tuple):  # a datagram, which is answered in one place
-        return any(one.f_code is _ANSWERS and one.f_locals["self"].request is request for one in frames)
+        return any(frame.f_code is _ANSWERS and frame.f_locals["self"].request is request for frame in frames)
     if not isinstance(request, socket.socket):
         return False
     events = _events(request)
@@ -93,4 +93,4 @@ def _handlers(frames: list[FrameType], request: socket.socket) -> list[socketser
     values = [value for frame in frames for value in frame.f_locals.values()]
     # Asked is the type: an object of the program's may be a proxy, which does something when it is asked itself.
     handlers = [value for value in values if issubclass(type(value), socketserver.BaseRequestHandler)]
-    return [one for one in handlers if any(value is request for value in vars(one).values())]
+    return [handler for handler in handlers if any(value is request for value in vars(handler).values())]
