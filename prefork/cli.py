@@ -19,7 +19,7 @@ import prefork.processes as processes
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.imports import Place
-from prefork.options import Options, Setting, declared, with_whole_paths
+from prefork.options import Options, Setting, declared
 from prefork.program import Bind, Program
 from prefork.reports import WorkerExit
 from prefork.states import Stop
@@ -69,13 +69,13 @@ def _serve(given: argparse.Namespace) -> int:
         raise OptionError(f"--chdir: {given.chdir!r} cannot be gone to: {error.strerror}") from None
     options = Options(flags)
     binds = [Bind.parse(text, place) for text in given.bind]
-    of_files: dict[str, object] = {name: flags[name] for name in ("unix_mode", "unix_group") if name in flags}
+    of_files = [name for name in ("unix_mode", "unix_group") if name in flags]
     if of_files and (nameless := [bind.text for bind in binds if bind.is_abstract]):
-        raise OptionError(f"{next(iter(of_files))}: {nameless[0]} has no file, everybody here may use it; use a path")
-    program = Program(given.program, binds, place, flags.get("worker_class"), of_files)
+        raise OptionError(f"{of_files[0]}: {nameless[0]} has no file, everybody here may use it; use a path")
+    program = Program(given.program, binds, place, flags)
     try:
         program.open(options.boot_timeout)
-        return _run(program, Options(with_whole_paths(program.settings | flags, place.absolute)))
+        return _run(program, program.options_of(program.settings))
     finally:
         program.close()
 

@@ -25,7 +25,7 @@ import prefork.processes as processes
 import prefork.signals as signals
 import prefork.stop_sequence as stop_sequence
 from prefork.crew import Hand, Start, launch, log_exit
-from prefork.errors import BootError
+from prefork.errors import BootError, PreforkError
 from prefork.listeners import Listener, describe
 from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason, WorkerExit
@@ -69,8 +69,9 @@ class Check(Protocol):
     def over(self) -> bool:
         """Whether there is a result. Does not wait."""
 
-    def result(self) -> str | None:
-        """None if all is well, else what is wrong. The child is to leave, and is collected by whoever made it."""
+    def result(self) -> Options | str:
+        """The settings of the new generation, or what is wrong. The child is to leave, and is collected by whoever made
+        it."""
 
 
 class Master:
@@ -88,6 +89,8 @@ class Master:
         `service_actions` is called every `poll_interval` seconds if it is given one, `worker_exited` for each death.
     check
         Begins a trial of the program before each reload; None where the program is in this process already.
+    settings
+        Reads the settings anew for a reload without a trial; it raises PreforkError where they are wrong.
     use_pidfd
         False forces the portable way of noticing deaths.
     collect
@@ -105,11 +108,12 @@ class Master:
         *,
         title: str = "",
         check: Callable[[], Check] | None = None,
+        settings: Callable[[], Options] | None = None,
         collect: Callable[[], float | None] = lambda: None,
         use_pidfd: bool = True,
         adopts: bool = False,
     ) -> None:
-        self.listeners, self.options, self.hooks = list(listeners), options, hooks
+        self.listeners, self.hooks = list(listeners), hooks
         self.pool = pool.Pool(options, random.Random())
         self.board = Scoreboard()
         self._start, self._title, self._use_pidfd = start, title, use_pidfd
@@ -119,11 +123,11 @@ class Master:
         self._adopts = adopts
         self._inbox = signals.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
         self._attention = policy.Attention()
-        self._deadlines = policy.Deadlines(options.request_timeout)
+        self._deadlines = policy.Deadlines()
         self._judge_at: float | None = None
         self._stopping = stop_sequence.StopSequence()
         self._sweep_at: float | None = None
-        self._make_check, self._collect_others = check, collect
+        self._make_check, self._settings, self._collect_others = check, settings, collect
         self._check: Check | None = None
         self._check_again = False
         self._last_words = ""
@@ -178,7 +182,7 @@ class Master:
             No worker of the first generation became ready.
         """
         self._poll_interval, self._poll_at = poll_interval, time.monotonic()
-        prepare(memory=bool(self.options.max_memory))
+        prepare(memory=bool(self.pool.options.max_memory))
         former = _collectable()
         try:
             self._inbox.install()
@@ -341,7 +345,7 @@ class Master:
         if due is None or now < due:
             return
         half_open = any(one.half_open() for one in self.listeners)
-        if not self._stopping.settle(now, half_open=half_open, graceful_timeout=self.options.graceful_timeout):
+        if not self._stopping.settle(now, half_open=half_open, graceful_timeout=self.pool.options.graceful_timeout):
             return
         self.board.drain(True)
         for one in self.listeners:
@@ -390,7 +394,10 @@ class Master:
 
     def _judge(self, now: float) -> None:
         """Interrupt or condemn those whose request is past its deadline."""
-        if self.options.request_timeout is None or (self._judge_at is not None and now < self._judge_at):
+        timeout = self.pool.request_timeout
+        if timeout != self._deadlines.timeout:  # a generation has come, or gone, that has another
+            self._deadlines.timeout, self._judge_at = timeout, None
+        if timeout is None or (self._judge_at is not None and now < self._judge_at):
             return
         readings = []
         for member in self.pool.members.values():
@@ -490,7 +497,7 @@ class Master:
                 self.board,
                 order.slot,
                 order.generation,
-                self.options,
+                self.pool.options_of(order.generation),
                 self._title,
                 self._start,
                 use_pidfd=self._use_pidfd,
@@ -549,7 +556,10 @@ class Master:
         if self._stopping.begun:
             return
         if self._make_check is None:
-            self.pool.reload()
+            try:
+                self.pool.reload(self._settings() if self._settings is not None else None)
+            except PreforkError as error:
+                log.error("reload failed: %s; generation %d serves on", error, self.goal)
         elif self._check is not None:
             self._check_again = True
         else:
@@ -572,14 +582,14 @@ class Master:
             return
         self._inbox.unwatch(check.fd)
         self._check = None
-        wrong = check.result()
+        result = check.result()
         self._sweep_at = time.monotonic()  # its child is to end now
         if self._stopping.begun:
             return
-        if wrong is None:
-            self.pool.reload()
+        if isinstance(result, Options):
+            self.pool.reload(result)
         else:
-            log.error("reload failed: generation %d serves on: %s", self.goal, wrong)
+            log.error("reload failed: generation %d serves on: %s", self.goal, result)
         if self._check_again:
             self._reload()
 

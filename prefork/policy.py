@@ -101,8 +101,8 @@ class Deadlines:
     THREAD = 0.02  # more of it for each further thread: beside 16 that compute, a handler runs within 0.02-0.22 s
     CLEANUP = 2.0
 
-    def __init__(self, timeout: float | None) -> None:
-        self.timeout = timeout
+    def __init__(self) -> None:
+        self.timeout: float | None = None  # seconds, the shortest of all that are to be judged
         self._late: dict[int, _Late] = {}
         self._amnesty = 0.0
 

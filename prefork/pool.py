@@ -100,6 +100,7 @@ class Member:
     slot: int
     pid: int
     generation: int
+    options: Options  # of its generation
     born: float
     boot_deadline: float
     state: State = State.STARTING
@@ -127,7 +128,8 @@ class Pool:
     Parameters
     ----------
     options
-        Of which it reads `workers`, `max_surge`, the timeouts in seconds, and `max_lifetime`.
+        Of the first generation. It reads `workers`, `max_surge`, the timeouts in seconds, and `max_lifetime`. A reload
+        may bring others: each generation has its own, and its workers keep them to their end.
     rng
         Source of jitter.
     """
@@ -140,7 +142,6 @@ class Pool:
     AGAIN = 0.5  # between two SIGKILLs: the system may have refused the first
 
     def __init__(self, options: Options, rng: random.Random) -> None:
-        self.options = options
         self.size = options.workers
         self.generation = 1  # the last good one, or the first
         self.candidate: int | None = None  # the generation that a reload tries
@@ -149,7 +150,9 @@ class Pool:
         self.news: list[tuple[News, int]] = []
         self._rng = rng
         self._newest = 1
-        self._again = False
+        self._options = {1: options}
+        self._resized = False  # by an order, which counts more than the settings of a generation
+        self._again: Options | None = None  # of the reload that is to follow the one under way
         self._rolling = False
         self._ever_ready = False
         self._announced = False
@@ -170,6 +173,20 @@ class Pool:
     @property
     def starting(self) -> list[Member]:
         return [m for m in self.serving if m.state is State.STARTING]
+
+    @property
+    def options(self) -> Options:
+        """Of the last good generation."""
+        return self._options[self.generation]
+
+    def options_of(self, generation: int) -> Options:
+        return self._options[generation]
+
+    @property
+    def request_timeout(self) -> float | None:
+        """The shortest that any worker has, in seconds; None: nobody has one."""
+        limits = (m.options.request_timeout for m in self.members.values())
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def goal(self) -> int:
@@ -203,7 +220,8 @@ class Pool:
     # -- events ----------------------------------------------------------------------------------------------------
 
     def spawned(self, order: Spawn, pid: int, now: float) -> Member:
-        member = Member(order.slot, pid, order.generation, now, now + self.options.boot_timeout)
+        options = self._options[order.generation]
+        member = Member(order.slot, pid, order.generation, options, now, now + options.boot_timeout)
         self.members[pid] = member
         # Of several forks at once some may be refused: one that succeeds does not undo that.
         if now >= self._system.until:
@@ -222,7 +240,7 @@ class Pool:
             return
         member.on(Event.BOOTED)
         member.ready_at = now
-        if life := policy.lifetime(self.options.max_lifetime, self._rng):
+        if life := policy.lifetime(member.options.max_lifetime, self._rng):
             member.expires = now + life
         self._ever_ready = True
         if self.stopping is Stop.GRACEFUL and member.state is State.READY:
@@ -230,6 +248,8 @@ class Pool:
         if member.state is State.READY and member.generation == self.candidate:
             self.generation, self.candidate = self.candidate, None
             self._slots.clear()  # what failed was another generation
+            if not self._resized:
+                self.size = member.options.workers
 
     def wear_out(self, pid: int, why: str = "") -> None:
         """A worker asks to be replaced."""
@@ -255,7 +275,7 @@ class Pool:
             if member.quitting:
                 member.kill_at = now + self.TEARDOWN
             elif member.ready_at is None:
-                member.kill_at = now + self.options.graceful_timeout
+                member.kill_at = now + member.options.graceful_timeout
 
     def condemn(self, pid: int, reason: Reason, now: float) -> None:
         """A worker hangs: have it show where, then kill it."""
@@ -300,23 +320,28 @@ class Pool:
         return member
 
     def resize(self, size: int) -> None:
-        self.size = min(max(1, size), MAX_WORKERS)
+        self.size, self._resized = min(max(1, size), MAX_WORKERS), True
 
-    def reload(self) -> None:
-        """Begin the next generation; while one is under way, remember to begin once more."""
+    def reload(self, options: Options | None = None) -> None:
+        """Begin the next generation; while one is under way, remember to begin once more.
+
+        options
+            Of the new generation; by default those of the last good one.
+        """
         if self.stopping is not Stop.NO:
             return
+        options = options or self.options
         if self._rolling:
-            self._again = True
+            self._again = options
         else:
-            self._begin()
+            self._begin(options)
 
     def stop(self, how: Stop, now: float) -> None:
         """Ask for a size of zero. A harder stop replaces a softer one, never the other way."""
         if how <= self.stopping:
             return
         self.stopping = how
-        self.candidate, self._rolling, self._again = None, False, False
+        self.candidate, self._rolling, self._again = None, False, None
         for member in list(self.members.values()):
             if how is Stop.GRACEFUL and member.state is State.RETIRING:
                 continue
@@ -336,7 +361,7 @@ class Pool:
         for member in self.members.values():
             if member.expires is not None and now >= member.expires:
                 member.worn, member.expires = True, None
-                member.why = f"max_lifetime: {self.options.max_lifetime:g} s"
+                member.why = f"max_lifetime: {member.options.max_lifetime:g} s"
             if member.state is State.STARTING and now >= member.boot_deadline:
                 self.condemn(member.pid, Reason.BOOT_TIMEOUT, now)
         if self.stopping is Stop.NO:
@@ -406,7 +431,7 @@ class Pool:
             member.kill_at = now + self.UNHEARD
         else:
             # Also where there is no time for a request, one that has none in hand shall leave by itself.
-            member.kill_at = now + max(self.UNHEARD, self.options.graceful_timeout)
+            member.kill_at = now + max(self.UNHEARD, member.options.graceful_timeout)
 
     def _reduce(self, now: float) -> None:
         """Ask those to leave who are not needed any more."""
@@ -472,10 +497,11 @@ class Pool:
 
     # -- reload ----------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, options: Options) -> None:
         self._newest += 1
         self.candidate = self._newest
-        self._rolling, self._again = True, False
+        self._options = {self.generation: self.options, self.candidate: options}
+        self._rolling, self._again = True, None
         # The operator says that it is mended: try at once.
         for backoff in self._slots.values():
             backoff.until = 0.0
@@ -486,7 +512,7 @@ class Pool:
         self.news.append((News.RELOAD_FAILED, self.candidate))
         self.candidate, self._rolling = None, False
         if self._again:
-            self._begin()
+            self._begin(self._again)
 
     def _settle(self) -> None:
         """Notice that what was wanted has come about."""
@@ -503,4 +529,4 @@ class Pool:
             self._rolling = False
             self.news.append((News.RELOAD_SERVES, self.generation))
             if self._again:
-                self._begin()
+                self._begin(self._again)

@@ -23,17 +23,21 @@ from typing import Any
 
 import prefork.imports as imports
 import prefork.listeners as listeners
+import prefork.logs as logs
 import prefork.processes as processes
 import prefork.server as server
 import prefork.service as service
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, ProgramError
-from prefork.options import Options, declared
+from prefork.options import Options, declared, with_whole_paths
 from prefork.scout import Scout, Work, own_traceback
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
 
+log = logs.get("prefork")
+
 UNIX_PATH = 107  # bytes
+_BOUND = ("unix_mode", "unix_group")  # settings of what is bound once
 SWEEP = 0.005  # seconds between two looks at a scout that is to end
 
 
@@ -304,10 +308,8 @@ class Program:
 
     Parameters
     ----------
-    worker_class
-        As the command was given it; None: what the program says.
-    of_files
-        `unix_mode` and `unix_group`, likewise: they count when a server binds, before anybody sees it.
+    flags
+        The settings that the command was given; the others are the program's.
     """
 
     def __init__(
@@ -315,11 +317,12 @@ class Program:
         target: str,
         binds: Sequence[Bind],
         place: imports.Place,
-        worker_class: object = None,
-        of_files: Mapping[str, object] = MappingProxyType({}),
+        flags: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        self.target, self.binds, self._place = target, list(binds), place
-        self._worker_class, self._of_files = worker_class, of_files
+        self.target, self.binds, self._place, self._flags = target, list(binds), place, flags
+        self._worker_class = flags.get("worker_class")
+        # They count when a server binds, before anybody sees it.
+        self._of_files = {name: flags[name] for name in _BOUND if name in flags}
         self.sockets: list[socket.socket] = []
         self.claims: list[listeners.Claim] = []
         self.settings: dict[str, object] = {}
@@ -385,9 +388,28 @@ class Program:
             time.sleep(SWEEP)
 
     def _scout(self, work: Work, timeout: float) -> Scout:
-        scout = Scout(work, timeout, self._import)
+        scout = Scout(work, timeout, self._use)
         self._scouts.append(scout)
         return scout
+
+    def _use(self, answer: Mapping[str, Any]) -> Options:
+        """The settings of a new generation: what the command was given, and else what the program says now."""
+        options = self.options_of(answer["settings"])
+        for name in _BOUND:
+            if name not in self._flags and answer["settings"].get(name) != self.settings.get(name):
+                log.warning("%s: a change takes a new start; the socket's file is there already", name)
+        self._import(answer)
+        return options
+
+    def options_of(self, settings: Mapping[str, object]) -> Options:
+        """Of a generation, from what its program sets.
+
+        Raises
+        ------
+        OptionError
+            naming the first that is wrong.
+        """
+        return Options(with_whole_paths({**settings, **self._flags}, self._place.absolute))
 
     def _import(self, answer: Mapping[str, Any]) -> None:
         """Import those of prefork's modules that the program uses: once for all workers, and before an upgrade replaces
@@ -435,15 +457,7 @@ class Program:
             if len(bound) != len(servers):
                 raise ProgramError(f"{self.target} returned a server that is not bound")
             claims = [one._claim.hand_over() for one in bound if getattr(one, "_claim", None) is not None]
-            settings = {
-                one.name: value
-                for one in declared()
-                if one.flag
-                and one.name != "worker_class"
-                and (value := getattr(servers[0], one.name, None)) is not None
-                and value != one.__get__(None)
-            }
-            Options(settings)
+            settings = _settings_of(servers[0])
         except BaseException:
             for one in begun:  # or the path of a first address would outlive the failure of a second
                 with contextlib.suppress(Exception):
@@ -479,12 +493,27 @@ class Program:
             with adopting(take):
                 servers = build(self.target, self.binds, self._place, kind)
                 check(servers, kind)
+            settings = _settings_of(servers[0])
         finally:
             for sock in self.sockets:
                 sock.close()  # this child may be there for a while yet
         if left:
             raise OptionError("the program now serves fewer addresses; that takes a new start")
-        return {"modules": _own_modules()}, []
+        return {"settings": settings, "modules": _own_modules()}, []
+
+
+def _settings_of(made: Any) -> dict[str, object]:
+    """What a server of the program sets. Raises OptionError where that is wrong."""
+    settings = {
+        one.name: value
+        for one in declared()
+        if one.flag
+        and one.name != "worker_class"
+        and (value := getattr(made, one.name, None)) is not None
+        and value != one.__get__(None)
+    }
+    Options(settings)
+    return settings
 
 
 def _own_modules() -> list[str]:

@@ -29,6 +29,7 @@ import prefork.listeners as listeners
 import prefork.logs as logs
 import prefork.processes as processes
 from prefork.errors import OptionError, PreforkError, ProgramError
+from prefork.options import Options
 from prefork.workers.child import ABANDONED, Told, leave_if_told, set_title
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
@@ -51,10 +52,10 @@ class Scout:
     timeout
         Seconds it may take.
     use
-        Is given the answer by `result()`.
+        Makes the settings of a generation from the answer, for `result()`.
     """
 
-    def __init__(self, work: Work, timeout: float, use: Callable[[dict[str, Any]], object] | None = None) -> None:
+    def __init__(self, work: Work, timeout: float, use: Callable[[dict[str, Any]], Options]) -> None:
         self.timeout = timeout
         self.deadline = time.monotonic() + timeout
         self._use = use
@@ -146,15 +147,13 @@ class Scout:
         self._claims.clear()  # they are the caller's now
         return answer, self._fds
 
-    def result(self) -> str | None:
-        """None if all was well, else what was wrong. The child is to leave, as after `finish()`."""
+    def result(self) -> Options | str:
+        """What `use` makes of the answer, or what was wrong. The child is to leave, as after `finish()`."""
         try:
             answer, _ = self.finish()
+            return self._use(answer)
         except (PreforkError, OSError) as error:
             return str(error)
-        if self._use is not None:
-            self._use(answer)
-        return None
 
     def abandon(self) -> None:
         """Have the child leave soon, whatever it does. It may be over already."""

@@ -196,7 +196,6 @@ class Service:
             self.stopped.set()
 
     def _serve(self, servers: Sequence[Any], options: Options, poll_interval: float) -> None:
-        kind = worker_class(options.worker_class)
         fresh = [renewed(server) for server in servers]
         sockets = []
         for server, sock in zip(servers, fresh, strict=True):
@@ -207,11 +206,13 @@ class Service:
             log.info("listening on %s", listeners.describe(server.socket))
 
         def start(seat: Seat, unblock: Callable[[], None]) -> int:
-            return child.main(seat, lambda seat: seated(kind, servers, seat), unblock)
+            return child.main(
+                seat, lambda seat: seated(worker_class(seat.options.worker_class), servers, seat), unblock
+            )
 
         hooks = Hooks(servers)
         title = " ".join(listeners.describe(server.socket) for server in servers)
-        running = master.Master(sockets, options, start, hooks, title=title)
+        running = master.Master(sockets, options, start, hooks, title=title, settings=lambda: check(servers))
         with self._lock:
             self._master = running
             if self._stop_requested:

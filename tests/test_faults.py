@@ -226,9 +226,9 @@ class Trial:
     def over(self) -> bool:
         return True
 
-    def result(self) -> str | None:
+    def result(self) -> Options:
         self.ended = True
-        return None
+        return Options({})
 
 
 @pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.SERVING])

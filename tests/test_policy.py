@@ -95,7 +95,8 @@ class Judge:
     """`Deadlines` with a timeout of 10 s, and what it said."""
 
     def __init__(self) -> None:
-        self.deadlines = Deadlines(10.0)
+        self.deadlines = Deadlines()
+        self.deadlines.timeout = 10.0
 
     def __call__(self, now: float, *readings: Reading) -> tuple[list[int], list[int], float | None]:
         verdicts, again = self.deadlines.judge(now, readings)
@@ -105,7 +106,7 @@ class Judge:
 
 def test_no_timeout_no_verdict() -> None:
     """Without request_timeout nobody is judged, and nobody looks again."""
-    verdicts, again = Deadlines(None).judge(100.0, [one(1.0)])
+    verdicts, again = Deadlines().judge(100.0, [one(1.0)])
     assert (verdicts.interrupt, verdicts.condemn, again) == ([], [], None)
 
 

@@ -447,6 +447,49 @@ def test_orders_are_repeated_until_understood() -> None:
     assert bench.wait() > 20.0
 
 
+def test_settings_belong_to_a_generation() -> None:
+    """A reload brings settings of its own; the workers of the old generation keep theirs. A failure changes none."""
+    bench = Bench(2, boot_timeout=5.0, graceful_timeout=7.0, request_timeout=9.0)
+    new = Options({"workers": 3, "boot_timeout": 1.0, "graceful_timeout": 2.0, "request_timeout": 4.0})
+    bench.pool.reload(new)
+    assert bench.look() == [Spawn(2, 2)] and bench.pool.request_timeout == 4.0
+    assert bench.look(1.0) == [Abort(3)], "the new one's boot_timeout"
+    bench.exit(3)
+    assert (bench.pool.size, bench.pool.options.workers, bench.pool.request_timeout) == (2, 2, 9.0)
+    bench.pool.reload(new)
+    assert bench.look() == [Spawn(2, 3)]
+    bench.boot(4)
+    assert bench.pool.options is new and bench.pool.size == 3
+    bench.look()
+    bench.boot(*bench.pool.members)
+    retired = [order.pid for order in bench.look() if isinstance(order, Retire)]
+    bench.pool.understood(retired[0], bench.now)
+    assert bench.pool.members[retired[0]].kill_at == bench.now + 7.0, "the old one's graceful_timeout"
+
+
+def test_an_ordered_size_outlives_reloads() -> None:
+    """How many workers an operator has asked for counts more than the settings of a new generation."""
+    bench = Bench(2)
+    bench.pool.resize(1)
+    bench.pool.reload(Options({"workers": 5}))
+    bench.look()
+    bench.boot(*bench.pool.members)
+    assert bench.pool.size == 1
+
+
+def test_a_reload_that_waits_has_the_last_settings() -> None:
+    """Of several reloads that come during one, the settings of the last one count."""
+    bench = Bench(1)
+    for workers in (2, 3, 4):
+        bench.pool.reload(Options({"workers": workers}))
+    for _ in range(40):
+        bench.look()
+        bench.boot(*bench.pool.members)
+        for pid in [pid for pid, member in bench.pool.members.items() if member.state is State.RETIRING]:
+            bench.exit(pid)
+    assert bench.pool.options.workers == bench.pool.size == 4 and bench.pool.generation == 3
+
+
 def test_why_a_worker_left() -> None:
     """Its own words count where it is recycled for them, and are dropped where it leaves for another reason."""
     bench = Bench(2)
