@@ -57,14 +57,14 @@ def _detach(pid: int, strace: "subprocess.Popen[bytes]") -> None:
 
 def _statuses(pid: int) -> list[str]:
     """What /proc says of each thread."""
-    found = []
+    statuses = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/status", encoding="utf-8") as file:
-                found.append(file.read())
+                statuses.append(file.read())
     except (FileNotFoundError, ProcessLookupError):
         pass
-    return found
+    return statuses
 
 
 def _is_traced(pid: int) -> bool:
