@@ -155,7 +155,7 @@ class PreforkMixIn(Settings):
         In a worker it asks the master to stop the pool, and returns at once.
         """
         if self.worker is not None:
-            self.worker.stop_pool()
+            self.worker._ask_to_stop()
             return
         pool = service_of(self)
         pool.stop(detach=not self.block_on_close)

@@ -64,7 +64,7 @@ class AsyncioWorker(LoopWorker):
     _turning = _cut_off = False
     _left_at = 0.0
 
-    def listen(self) -> None:
+    def prepare_to_accept(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Event()
         self._tls = {id(server): bared(server) for server in self.servers}

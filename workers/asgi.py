@@ -81,7 +81,7 @@ class ASGIWorker(LoopWorker):
                 await made.lifespan.start()
                 self._sites[id(app)] = made
 
-    def listen(self) -> None:
+    def prepare_to_accept(self) -> None:
         self._opening = 0  # accepted, and not among the connections yet
         self._handshakes: set[asyncio.Task[Any]] = set()  # of these, those that speak TLS
         self._doors = {id(one): (self._sites[id(one.RequestHandlerClass)].protocol, bared(one)) for one in self.servers}

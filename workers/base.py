@@ -51,7 +51,7 @@ class Worker:
         How many threads serve requests, if it is not the main one alone; to be known after `setup()`.
     setup()
         After the fork, before ready: open what each process must own. An exception is a boot failure.
-    listen()
+    prepare_to_accept()
         After `setup()`, before ready: make what is needed to accept. An exception is a boot failure.
     run()
         Serve until told to leave, and return when drained.
@@ -125,7 +125,7 @@ class Worker:
     def setup(self) -> None:
         """Open what this process must own. Called before the worker is ready."""
 
-    def listen(self) -> None:
+    def prepare_to_accept(self) -> None:
         """Make what is needed to accept: only a worker that can accept is ready."""
         _ = self.acceptor
 
@@ -165,7 +165,7 @@ class Worker:
 
     @property
     def acceptor(self) -> Acceptor:
-        """The listeners, for a loop that waits for more than those. Made by `listen()`."""
+        """The listeners, for a loop that waits for more than those. Made by `prepare_to_accept()`."""
         if self._acceptor is None:
             acceptor = Acceptor(self, self.servers, self._board)
             for server in self.servers:
@@ -248,7 +248,7 @@ class Worker:
             self._worn = True
             self._uplink.say(lifeline.WORN, reason)
 
-    def stop_pool(self) -> None:
+    def _ask_to_stop(self) -> None:
         """Ask the master to stop the whole pool gracefully. Returns at once."""
         self._uplink.say(lifeline.STOP)
 
@@ -361,7 +361,7 @@ class Worker:
         signal.signal(INTERRUPT, self._on_interrupt)
         os.register_at_fork(before=self._hold_signals, after_in_parent=self._free_signals, after_in_child=self._disown)
         self.setup()
-        self.listen()
+        self.prepare_to_accept()
         if self.draining:
             raise Told  # once more: something in it was deaf to that
         self._ready = True

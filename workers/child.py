@@ -86,7 +86,6 @@ def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None])
         if told:  # whatever the program has made of that
             uplink.say(lifeline.LEAVES)
             code = 0
-            warnings.simplefilter("ignore")  # of files that are not closed, and coroutines that are not awaited
         elif isinstance(error, SystemExit):
             code = exit_code(error)
         else:
@@ -118,6 +117,7 @@ def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
             told.append(signum)
             if (worker := life()) is not None:
                 worker.draining = True
+            warnings.simplefilter("ignore")  # of files that are not closed, and coroutines that are not awaited
             raise Told
 
     for one in (signal.SIGTERM, signal.SIGQUIT):

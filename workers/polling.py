@@ -94,8 +94,8 @@ class PollingWorker(Limits, Worker):
         processes.wake_reader(self._wake_read, self._wake_write)
         self._turns.wake()
 
-    def listen(self) -> None:
-        super().listen()
+    def prepare_to_accept(self) -> None:
+        super().prepare_to_accept()
         self._epoll = select.epoll()
 
     def run(self) -> None:

@@ -64,8 +64,8 @@ class ThreadWorker(Worker):
         # What ends the wait of the main thread: None, there is nothing more to take; or an exception to leave with.
         self._ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def listen(self) -> None:
-        super().listen()
+    def prepare_to_accept(self) -> None:
+        super().prepare_to_accept()
         if self._checks:
             self._filter = Filter(
                 self,
