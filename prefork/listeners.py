@@ -375,15 +375,15 @@ class Claim:
         """Whether the file on the path is ours."""
         if self._file is None:
             return False
-        try:
-            found = os.lstat(self.path)
-        except FileNotFoundError:
-            return False
-        except OSError:  # the system refuses to tell; the folder knows its number as well
-            folder, name = os.path.split(self.path)
-            with os.scandir(folder) as entries:
-                return any(entry.name == name and entry.inode() == self._file[1] for entry in entries)
-        return (found.st_dev, found.st_ino) == self._file
+        for _ in range(4):
+            try:
+                found = os.lstat(self.path)
+            except FileNotFoundError:
+                break
+            except OSError:  # the system refuses to tell; a file that stays is known to be stale, by its lock
+                continue
+            return (found.st_dev, found.st_ino) == self._file
+        return False
 
 
 def real_path(path: str) -> str:

@@ -199,11 +199,11 @@ class Writer:
         """Report what was dropped, and give back what was opened here."""
         self.settle()
         own, self._own, self._fd, self._send = self._own, -1, -1, self._plain
-        if own >= 0:
-            os.close(own)
         if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+            own, self._socket = self._socket.detach(), None
+        if own >= 0:
+            with contextlib.suppress(OSError):  # the descriptor is gone whatever close(2) says
+                os.close(own)
 
 
 _writers: "weakref.WeakSet[Writer]" = weakref.WeakSet()  # of this process

@@ -449,7 +449,11 @@ class Life:
         if remaining := [title(entry.pid) or entry.name for entry in self.program.remaining()]:
             raise Judged(Outcome.LEFT, f"processes: {', '.join(remaining)}")
         files = sorted(path.name for path in self.program.run.iterdir())
-        if files and not self.touches(faults.NOT_REMOVED):
+        fault = self.cell.fault
+        excused = self.touches(faults.NOT_REMOVED) or (
+            fault is not None and fault.when == "always" and self.touches(faults.NOT_KNOWN)
+        )
+        if files and not excused:
             raise Judged(Outcome.LEFT, f"files: {', '.join(files)}")
 
 
