@@ -24,7 +24,6 @@ import errno
 import fcntl
 import grp
 import os
-import select
 import socket
 import stat
 import struct
@@ -55,7 +54,6 @@ _NO_NEW_CONNECTIONS = [
 ]
 _NOTHING = [_DROP]
 _QUEUE_SIZE = slice(28, 32)  # tcpi_sacked, which of a listener is the size of its queue
-_SHUT = getattr(select, "POLLRDHUP", 0) | select.POLLHUP
 _LOCK = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -170,9 +168,7 @@ class Listener:
 
     def is_shut(self) -> bool:
         """Whether somebody has called shutdown() on the socket, which all processes of the pool share."""
-        poll = select.poll()
-        poll.register(self.socket.fileno(), _SHUT)
-        return any(events & _SHUT for _, events in poll.poll(0))
+        return processes.has_ended(self.socket.fileno())
 
     def revive(self) -> None:
         """Listen again after a shutdown() of somebody else's, for the workers that are forked from now on.

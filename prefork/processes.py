@@ -195,9 +195,10 @@ def readable(fd: int) -> bool:
 
 
 def has_ended(fd: int) -> bool:
-    """Whether the other end of a connection will send nothing more (Linux), whatever of it is still to be read."""
+    """Whether nothing more will come from a socket, whatever of it is still to be read: its other end has said so, or
+    somebody here has shut it down. Where the system has no POLLRDHUP, only the latter is seen."""
     poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
+    poll.register(fd, getattr(select, "POLLRDHUP", 0))
     return bool(poll.poll(0))
 
 

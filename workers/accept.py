@@ -47,7 +47,6 @@ ROOM = 0.002  # seconds between two looks whether a client has made room for an 
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
 _BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 _LAST_LOOK = 32  # connections that a leaving worker may still take from each listener that it polls
-_RDHUP = getattr(select, "POLLRDHUP", 0)
 _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
 
 
@@ -335,7 +334,7 @@ class Acceptor:
                 return None  # the kernel looks for a descriptor first; there is nobody to give it to
             if error.errno in _BROKEN and not leaving:
                 raise
-            if fd in self._unix and not leaving and _is_shut(fd):
+            if fd in self._unix and not leaving and processes.has_ended(fd):
                 # It says EAGAIN, for ever, while an epoll reports it.
                 raise OSError(errno.EINVAL, "the listener was shut down") from None
             return None
@@ -351,12 +350,6 @@ def _is_local(server: Any) -> bool:
     """Whether it takes Unix streams."""
     listener = _listener(server)
     return listener.family == socket.AF_UNIX and listener.type == socket.SOCK_STREAM
-
-
-def _is_shut(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, _RDHUP)
-    return any(events & (select.POLLHUP | _RDHUP) for _, events in poll.poll(0))
 
 
 def stock(server: Any) -> bool:
@@ -428,7 +421,7 @@ def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
 
         def plain() -> tuple[Any, Any]:
             data, peer = receive(server.max_packet_size)
-            if not (peer or data) and (not local or _is_shut(answers.fileno())):
+            if not (peer or data) and (not local or processes.has_ended(answers.fileno())):
                 # What SHUT_RD makes of a recvfrom: it is the master's where the whole pool stops.
                 raise OSError(errno.EAGAIN if board.pool_drains else errno.EINVAL, "the listener was shut down")
             return (data, answers), peer
