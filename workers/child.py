@@ -46,6 +46,7 @@ class Life(Protocol):
     """What the child becomes: a worker."""
 
     draining: bool
+    _board: scoreboard.Slot  # in a process that the program forked, one that nobody reads
     _ready: bool  # it is, or was
     _stuck: bool  # a thread of it does not end
 
@@ -98,7 +99,7 @@ def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None])
     else:
         life.draining = True  # it takes no orders but to hurry
         signal.signal(INTERRUPT, signal.SIG_IGN)
-        seat.board.floats[scoreboard.DEADLINE] = 0.0  # of a request that has ended it
+        life._board.floats[scoreboard.DEADLINE] = 0.0  # of a request that has ended it
         if exits.pending():
             uplink.say(lifeline.EXITS)  # the master sees to it that this ends
         exits.run(0.0 if life._stuck else None, late=uplink.tell)
