@@ -105,7 +105,7 @@ def calls(path: Path) -> Iterator[tuple[str, int]]:
 @needs_strace
 def test_each_system_call_refused_once(tmp_path: Path) -> None:
     """Whichever call is refused once, in either process, a start that fails for it leaves nothing."""
-    trace(tmp_path, tmp_path / "run", "-o", str(tmp_path / "trace"))
+    trace(tmp_path, tmp_path / "run", "-s", "200", "-o", str(tmp_path / "trace"))
     found = sorted(set(calls(tmp_path / "trace")))
     assert len(found) > 100
 
