@@ -555,6 +555,7 @@ class Master:
     def _reload(self) -> None:
         if self._stopping.begun:
             return
+        self._revive_listeners()  # or it would be refused, as that of a server that does not listen
         if self._make_check is None:
             try:
                 self.pool.reload(self._settings() if self._settings is not None else None)

@@ -219,11 +219,11 @@ class Options(Settings):
         self.__dict__.update({name: one.check(values.get(name, getattr(self, name))) for name, one in known.items()})
 
     @classmethod
-    def of(cls, server: object) -> "Options":
-        """Read and check the settings that a server (or its class) carries, as serving starts."""
+    def of(cls, server: object, absolute: Callable[[str], str] = os.path.abspath) -> "Options":
+        """Read and check the settings that a server (or its class) carries. Relative paths in them become absolute."""
         values = {one.name: getattr(server, one.name) for one in declared() if hasattr(server, one.name)}
         try:
-            return cls(with_whole_paths(values, os.path.abspath))
+            return cls(with_whole_paths(values, absolute))
         except FileNotFoundError:  # there is no current directory any more
             return cls(values)
 

@@ -5,7 +5,9 @@ sees drains through, and has single workers serve single requests for `handle_re
 """
 
 import contextlib
+import functools
 import importlib
+import os
 import select
 import signal
 import socket
@@ -45,7 +47,9 @@ CLASSES = {
 ENTRY_POINTS = "prefork.workers"  # the group in which other distributions register classes under short names
 
 
-def check(servers: Sequence[Any], kind: type[Worker] | None = None) -> Options:
+def check(
+    servers: Sequence[Any], kind: type[Worker] | None = None, absolute: Callable[[str], str] = os.path.abspath
+) -> Options:
     """Check settings and handlers before anything is forked. With `kind`, for that class of workers."""
     if not servers:
         raise OptionError("serve() needs at least one server")
@@ -56,11 +60,18 @@ def check(servers: Sequence[Any], kind: type[Worker] | None = None) -> Options:
             raise OptionError("the server is closed; make a new one")
         if server.socket_type == socket.SOCK_STREAM and not _listens(server):
             raise OptionError("the server does not listen yet; call server_bind() and server_activate()")
-    options = Options.of(servers[0])
+    options = Options.of(servers[0], absolute)
     kind = kind or worker_class(options.worker_class)
     for server in servers:
         kind.check(server)
     return options
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def _listens(server: Any) -> bool:
@@ -212,7 +223,10 @@ class Service:
 
         hooks = Hooks(servers)
         title = " ".join(listeners.describe(server.socket) for server in servers)
-        running = master.Master(sockets, options, start, hooks, title=title, settings=lambda: check(servers))
+        absolute = functools.partial(os.path.join, _here())  # the program may change its directory while it serves
+        running = master.Master(
+            sockets, options, start, hooks, title=title, settings=lambda: check(servers, absolute=absolute)
+        )
         with self._lock:
             self._master = running
             if self._stop_requested:
