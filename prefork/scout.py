@@ -145,7 +145,8 @@ class Scout:
         if "error" in answer:
             raise _error(answer)
         self._claims.clear()  # they are the caller's now
-        return answer, self._fds
+        fds, self._fds = self._fds, []
+        return answer, fds
 
     def result(self) -> Options | str:
         """What `use` makes of the answer, or what was wrong. The child is to leave, as after `finish()`."""
@@ -186,6 +187,8 @@ class Scout:
             with contextlib.suppress(OSError):  # what it has said and nobody has heard
                 while not self._closed:
                     self._take(self._socket.recv(65536, socket.MSG_DONTWAIT))
+        processes.close(self._fds)  # of an answer that nobody has used: with its lock a path would look alive
+        self._fds = []
         for path, kind in self._claims:
             listeners.clear(path, kind)
         self._child.release()

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from programs2.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
-from support import ask, patterns
+from support import ask, patterns, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -28,7 +28,7 @@ def test_a_reload_reads_the_settings_of_a_script_anew(start: Start, notes: Notes
     generation that is still busy has no deadline of the new one."""
     change = "Server.workers, Server.worker_class, Server.request_timeout = 3, 'thread', 0.3"
     program = launch(start, SERVER.format(change=change), allow=[patterns.ANYTHING]).ready()
-    program.wait_ready(2)
+    before = set(program.wait_ready(2))
     assert ask(program.address, "thread").result == "MainThread"
     with ExitStack() as stack:
         old = hold(program.address, stack, "gate open")
@@ -37,6 +37,7 @@ def test_a_reload_reads_the_settings_of_a_script_anew(start: Start, notes: Notes
         noted(notes, "done")
         program.send(signal.SIGHUP)
         program.wait_for(patterns.RELOAD_BEGINS)
+        until(lambda: len(before & set(program.children())) == 1, 10, "only the busy one of the old generation is left")
         program.wait_ready(4)
         late = hold(program.address, stack, "gate never")
         noted(notes, "begun", 2)
