@@ -11,6 +11,7 @@ import prefork.listeners as listeners
 from prefork.scoreboard import Scoreboard
 from programs2.scripts import Start, path_of_modules
 from support import Address, Program, patterns
+from support.clients import has_ipv6
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)
@@ -38,14 +39,6 @@ async def asgi(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": json.dumps([scope["server"], scope["client"][0]]).encode()})
 """
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
 
 
 six = pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")

@@ -4,7 +4,6 @@ file."""
 import grp
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from prefork.imports import Place
 from prefork.program import Bind
 from programs2.scripts import Start, path_of_modules
 from support import Address, Program, ask
+from support.clients import has_ipv6
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,15 +37,6 @@ def command(start: Start) -> Callable[..., Program]:
 
 
 Command = Callable[..., Program]
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")

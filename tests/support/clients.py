@@ -156,3 +156,12 @@ def queue_up(address: Address, number: int, stack: ExitStack, timeout: float = 5
         sock.sendall(f"queued-{index}\n".encode())
         clients[f"queued-{index}"] = sock
     return clients
+
+
+def has_ipv6() -> bool:
+    """Whether this machine has the loopback address of IPv6."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
