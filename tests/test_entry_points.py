@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import prefork
-from prefork import OptionError, service
+import prefork.service as service
+from prefork import OptionError
 from programs2.scripts import Start, launch, path_of_modules
 from support import ask, patterns
 

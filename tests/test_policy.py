@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefork import policy
+import prefork.policy as policy
 from prefork.policy import Attention, Backoff, Deadlines, Reading
 
 

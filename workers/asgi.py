@@ -25,7 +25,7 @@ from prefork.workers.gate import Gate
 from prefork.workers.loop import TURN, LoopWorker, bared
 
 try:
-    from prefork.workers import site
+    import prefork.workers.site as site
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("uvicorn"):
         raise
