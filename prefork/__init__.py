@@ -1,6 +1,6 @@
 """prefork: any `socketserver` handler, served from a supervised pool of processes."""
 
-import prefork.imports as imports
+import prefork.kernel.import_path as imports
 
 # isort: split
 import importlib

@@ -12,13 +12,13 @@ import socket
 import types
 from collections.abc import Callable, Sequence
 
-import prefork.listeners as listeners
-import prefork.logs as logs
+import prefork.kernel.listener as listeners
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.master as master
-import prefork.processes as processes
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.imports import Place
+from prefork.kernel.import_path import Place
 from prefork.options import Options, Setting, declared
 from prefork.program import Bind, Program
 from prefork.reports import WorkerExit

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
-import prefork.logs as logs
-import prefork.processes as processes
 from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Entry, Scoreboard

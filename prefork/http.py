@@ -20,7 +20,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from prefork.originals import select
+from prefork.kernel.originals import select
 from prefork.server import PreforkMixIn
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import prefork.processes as processes
+import prefork.kernel.processes as processes
 
 READY = b"\x01"
 LEAVES = b"\x02"  # it drains although the master may not have asked

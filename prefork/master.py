@@ -17,16 +17,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import prefork.kernel.inbox as signals
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
-import prefork.logs as logs
 import prefork.policy as policy
 import prefork.pool as pool
-import prefork.processes as processes
-import prefork.signals as signals
 import prefork.stop_sequence as stop_sequence
 from prefork.crew import Hand, Start, launch, log_exit
 from prefork.errors import BootError, PreforkError
-from prefork.listeners import Listener, describe
+from prefork.kernel.listener import Listener, describe
 from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Scoreboard

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
-from prefork.cpus import usable_cpus
 from prefork.errors import OptionError
+from prefork.kernel.cgroup import usable_cpus
 
 T = TypeVar("T")
 

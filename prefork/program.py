@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import prefork.imports as imports
-import prefork.listeners as listeners
-import prefork.logs as logs
-import prefork.processes as processes
+import prefork.kernel.import_path as imports
+import prefork.kernel.listener as listeners
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.server as server
 import prefork.service as service
 import prefork.workers.chain as chain

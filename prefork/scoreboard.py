@@ -14,7 +14,7 @@ import mmap
 from dataclasses import dataclass
 from typing import Any
 
-import prefork.addresses as addresses
+import prefork.kernel.host_port as addresses
 from prefork.options import MAX_WORKERS
 from prefork.states import Phase
 

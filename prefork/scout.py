@@ -23,11 +23,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import prefork.exits as exits
+import prefork.kernel.exits as exits
+import prefork.kernel.listener as listeners
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
-import prefork.listeners as listeners
-import prefork.logs as logs
-import prefork.processes as processes
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.options import Options
 from prefork.workers.child import ABANDONED, Told, leave_if_told, set_title

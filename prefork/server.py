@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import prefork.listeners as listeners
-import prefork.logs as logs
-import prefork.processes as processes
+import prefork.kernel.listener as listeners
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.workers.chain as chain
 import prefork.workers.disconnect as disconnect
 from prefork.errors import OptionError
+from prefork.kernel.originals import refuse_patched
 from prefork.options import Options, Settings
-from prefork.originals import refuse_patched
 from prefork.reports import WorkerExit
 from prefork.service import Service, check, renewed, service_of, worker_class
 from prefork.workers.base import Worker

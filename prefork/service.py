@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import prefork.crew as crew
-import prefork.imports as imports
-import prefork.listeners as listeners
-import prefork.logs as logs
+import prefork.kernel.import_path as imports
+import prefork.kernel.listener as listeners
+import prefork.kernel.logs as logs
 import prefork.master as master
 import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import prefork.logs as logs
-import prefork.processes as processes
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
+import prefork.kernel.writer as writer
 import prefork.server as server
-import prefork.writer as writer
 from prefork.errors import PreforkError
 
 

@@ -33,8 +33,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
-import prefork.processes as processes
 import prefork.testbed as testbed
 
 T = TypeVar("T")

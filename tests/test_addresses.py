@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-import prefork.addresses as addresses
-import prefork.listeners as listeners
+import prefork.kernel.host_port as addresses
+import prefork.kernel.listener as listeners
 from prefork.scoreboard import Scoreboard
 from programs2.scripts import Start, path_of_modules
 from support import Address, Program, patterns

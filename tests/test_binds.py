@@ -16,7 +16,7 @@ import pytest
 
 import prefork
 from prefork.errors import OptionError
-from prefork.imports import Place
+from prefork.kernel.import_path import Place
 from prefork.program import Bind
 from programs2.scripts import Start, path_of_modules
 from support import Address, Program, ask

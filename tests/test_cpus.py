@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prefork.cpus as cpus
-from prefork.cpus import quota, quota_of, usable_cpus
+import prefork.kernel.cgroup as cpus
+from prefork.kernel.cgroup import quota, quota_of, usable_cpus
 from programs2.scripts import Start, launch
 from support import Program, patterns, until
 
@@ -147,7 +147,7 @@ def test_affinity() -> None:
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="PYTHON_CPU_COUNT is Python 3.13's")
 def test_the_number_that_python_is_told() -> None:
     """PYTHON_CPU_COUNT counts instead of the processors that there are."""
-    told = [sys.executable, "-c", "import prefork.cpus; print(prefork.cpus.usable_cpus())"]
+    told = [sys.executable, "-c", "import prefork.kernel.cgroup; print(prefork.kernel.cgroup.usable_cpus())"]
     run = subprocess.run(told, env={**os.environ, "PYTHON_CPU_COUNT": "1"}, capture_output=True, text=True, check=True)
     assert run.stdout == "1\n"
 

@@ -39,7 +39,7 @@ def test_every_way_to_wait_fails(start: Start) -> None:
     """Where the system refuses every kind of waiting for a while, the pool is looked after all the same."""
     before = """
 selectors.EpollSelector.select = refusing(selectors.EpollSelector.select, errno.ENOMEM)
-import prefork.signals
+import prefork.kernel.inbox
 
 class Poll:
     def __init__(self):
@@ -51,7 +51,7 @@ class Select:
     poll = Poll
     POLLIN = select.POLLIN
 
-prefork.signals.select = Select
+prefork.kernel.inbox.select = Select
 """
     program = begin(start, before)
     workers = program.wait_ready(2)

@@ -27,7 +27,7 @@ class Server({bases}):
         note(f"timeout {{sorted(self.active_children)}}")
 
 with Server({address}, {handler}) as server:
-    from prefork.listeners import describe
+    from prefork.kernel.listener import describe
     log.info("listening on %s", describe(server.socket))
     {loop}
     note(f"last {{sorted(server.active_children)}}")

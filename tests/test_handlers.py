@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import prefork
-import prefork.logs as logs
+import prefork.kernel.logs as logs
 from programs2.scripts import Start, launch, path_of_modules
 from support import Address, Program, ask, patterns, until, within
 from support.pipes import drained, fill, pipe

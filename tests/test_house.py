@@ -171,7 +171,7 @@ def kernel_calls(module: str, tree: ast.AST) -> Iterator[str]:
     """Where a module forks, waits or kills."""
     for node, name in references(tree):
         if KERNEL.fullmatch(name):
-            yield f"{module}:{node.lineno}: {name}; only prefork.processes does that"
+            yield f"{module}:{node.lineno}: {name}; only prefork.kernel.processes does that"
 
 
 def definitions(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -277,7 +277,7 @@ def test_tests_do_not_sleep() -> None:
         (wrong_imports, "pool", "from prefork.options import Options\nimport prefork.states", 0),
         (wrong_imports, "pool", "from prefork.master import Master", 1),
         (wrong_imports, "pool", "def late():\n    import prefork.server", 1),
-        (wrong_imports, "signals", "from prefork.listeners import Listener", 1),
+        (wrong_imports, "signals", "from prefork.kernel.listener import Listener", 1),
         (wrong_imports, "signals", "from prefork import errors", 1),
         (wrong_imports, "signals", "from prefork import pool", 2),
         (wrong_imports, "signals", "import prefork", 1),

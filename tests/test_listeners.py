@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from prefork.listeners import Claim, Listener, describe, name, permissions
+from prefork.kernel.listener import Claim, Listener, describe, name, permissions
 from support import descriptors, until
 
 pytestmark = pytest.mark.timeout(60)
@@ -190,7 +190,7 @@ def test_a_claim_belongs_to_one_process(tmp_path: Path) -> None:
 
 RACE = """
 import os, socket, sys
-from prefork.listeners import Claim
+from prefork.kernel.listener import Claim
 path = sys.argv[1]
 for turn in range(200):
     sys.stdin.readline()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefork.cpus import usable_cpus
 from prefork.errors import OptionError, PreforkError
+from prefork.kernel.cgroup import usable_cpus
 from prefork.options import MAX_WORKERS, Options, Settings, declared
 
 

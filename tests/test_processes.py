@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import prefork.processes as processes
+import prefork.kernel.processes as processes
 from support import descriptors, until
 
 pytestmark = pytest.mark.timeout(30)

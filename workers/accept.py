@@ -29,10 +29,10 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
-import prefork.logs as logs
-import prefork.processes as processes
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.scoreboard as scoreboard
-from prefork.originals import select, socket, time
+from prefork.kernel.originals import select, socket, time
 
 log = logs.get("prefork")
 

@@ -5,7 +5,7 @@ Each worker opens the file for itself and appends: lines of several workers do n
 
 import time
 
-from prefork.logs import AccessFile
+from prefork.kernel.logs import AccessFile
 from prefork.workers.http import Connection
 from prefork.workers.response import Response
 

@@ -8,7 +8,7 @@ import socketserver
 from time import monotonic
 from typing import Any
 
-import prefork.logs as logs
+import prefork.kernel.logs as logs
 import prefork.workers.coroutines as coroutines
 import prefork.workers.disconnect as disconnect
 from prefork.errors import OptionError

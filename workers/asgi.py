@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import Any
 
-import prefork.logs as logs
+import prefork.kernel.logs as logs
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL
 from prefork.workers.gate import Gate

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
-import prefork.logs as logs
 import prefork.policy as policy
-import prefork.processes as processes
 import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import prefork.exits as exits
+import prefork.kernel.exits as exits
+import prefork.kernel.logs as logs
 import prefork.lifeline as lifeline
-import prefork.logs as logs
 import prefork.scoreboard as scoreboard
 from prefork.options import Options
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
-import prefork.logs as logs
-import prefork.processes as processes
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE, Acceptor, Taken, Taker
 

@@ -18,8 +18,8 @@ from urllib.parse import unquote_to_bytes
 
 import httptools
 
-from prefork.addresses import bracketed, host_port
-from prefork.originals import select
+from prefork.kernel.host_port import bracketed, host_port
+from prefork.kernel.originals import select
 from prefork.scoreboard import host_and_port
 
 DONTWAIT = int(socket.MSG_DONTWAIT)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-import prefork.logs as logs
+import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
-from prefork.originals import refuse_patched
+from prefork.kernel.originals import refuse_patched
 from prefork.workers.accept import FULL
 from prefork.workers.base import Worker
 from prefork.workers.request import FreeRequest, Request

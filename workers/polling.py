@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
-import prefork.addresses as addresses
-import prefork.logs as logs
-import prefork.processes as processes
-from prefork.originals import refuse_patched, select
+import prefork.kernel.host_port as addresses
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
+from prefork.kernel.originals import refuse_patched, select
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Protocol
 from wsgiref.handlers import format_date_time
 
-import prefork.logs as logs
-import prefork.processes as processes
-from prefork.originals import select
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
+from prefork.kernel.originals import select
 from prefork.workers.http import DONTWAIT, FAULTS, NO_BODY, Connection, Request
 
 log = logs.get("prefork")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, Protocol
 
-import prefork.processes as processes
+import prefork.kernel.processes as processes
 import prefork.scoreboard as scoreboard
 
 ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings

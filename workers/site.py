@@ -20,7 +20,7 @@ import uvicorn.protocols.websockets.auto  # noqa: F401
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-import prefork.logs as logs
+import prefork.kernel.logs as logs
 from prefork.errors import PreforkError, RequestTimeout
 from prefork.options import Options
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS

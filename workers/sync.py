@@ -8,7 +8,7 @@ from typing import Any
 
 import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
-from prefork.originals import refuse_patched
+from prefork.kernel.originals import refuse_patched
 from prefork.workers.accept import Take, has_plain_peers
 from prefork.workers.base import Worker
 

@@ -18,9 +18,9 @@ import threading
 from time import monotonic
 from typing import Any
 
-import prefork.logs as logs
+import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
-from prefork.originals import refuse_patched
+from prefork.kernel.originals import refuse_patched
 from prefork.workers.base import Worker
 from prefork.workers.child import INTERRUPT
 from prefork.workers.filter import Filter, check_of

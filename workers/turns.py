@@ -35,8 +35,8 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Protocol
 
-import prefork.logs as logs
-import prefork.processes as processes
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
 from prefork.workers.child import exit_code
 from prefork.workers.http import Connection
 

@@ -12,10 +12,10 @@ from io import BufferedReader, BytesIO
 from time import monotonic
 from typing import Any
 
-import prefork.logs as logs
+import prefork.kernel.logs as logs
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
-from prefork.originals import select
+from prefork.kernel.originals import select
 from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.workers.child import Seat
 

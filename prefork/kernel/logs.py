@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from time import monotonic
 from typing import Any, Literal
 
-import prefork.processes as processes
-import prefork.writer as writer
+import prefork.kernel.processes as processes
+import prefork.kernel.writer as writer
 
 FORMAT = "%(asctime)s prefork[%(process)s] %(levelname)s: %(message)s"
 LIMIT = 1000  # records that may wait for the program's handlers

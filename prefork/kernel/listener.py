@@ -32,8 +32,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import prefork.addresses as addresses
-import prefork.processes as processes
+import prefork.kernel.host_port as addresses
+import prefork.kernel.processes as processes
 from prefork.errors import OptionError
 
 _SO_ATTACH_FILTER = 26

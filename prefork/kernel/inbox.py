@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import prefork.processes as processes
+import prefork.kernel.processes as processes
 
 # A frame takes 3.4 KiB with AVX-512, 12 KiB with AMX; a master handles eight signals. Memory is what is touched of it.
 _ROOM = 512 * 1024

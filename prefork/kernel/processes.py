@@ -32,9 +32,9 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
-import prefork.exits as exits
-import prefork.writer as writer
-from prefork.originals import select
+import prefork.kernel.exits as exits
+import prefork.kernel.writer as writer
+from prefork.kernel.originals import select
 
 # What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the
 # former mask one by one, at 230 us a fork with them.
