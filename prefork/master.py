@@ -27,9 +27,9 @@ import prefork.stop_sequence as stop_sequence
 from prefork.crew import Hand, Start, launch, log_exit
 from prefork.errors import BootError, PreforkError
 from prefork.kernel.listener import Listener, describe
-from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason, WorkerExit
 from prefork.scoreboard import Scoreboard
+from prefork.settings.settings import MAX_WORKERS, Options
 from prefork.states import Phase, State, Stop
 from prefork.stop_sequence import Stage
 from prefork.workers.child import INTERRUPT, prepare

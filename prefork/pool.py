@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import prefork.policy as policy
-from prefork.options import MAX_WORKERS, Options
 from prefork.reports import Reason
+from prefork.settings.settings import MAX_WORKERS, Options
 from prefork.states import TRANSITIONS, Event, State, Stop
 
 

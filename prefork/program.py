@@ -29,8 +29,8 @@ import prefork.server as server
 import prefork.service as service
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, ProgramError
-from prefork.options import Options, declared, with_whole_paths
 from prefork.scout import Scout, Work, own_traceback
+from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
 

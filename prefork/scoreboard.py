@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import prefork.kernel.host_port as addresses
-from prefork.options import MAX_WORKERS
+from prefork.settings.settings import MAX_WORKERS
 from prefork.states import Phase
 
 CELLS = 16

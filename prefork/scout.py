@@ -29,7 +29,7 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.options import Options
+from prefork.settings.settings import Options
 from prefork.workers.child import ABANDONED, Told, leave_if_told, set_title
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]

@@ -27,8 +27,8 @@ import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError
-from prefork.options import Options
 from prefork.reports import Reason, WorkerExit
+from prefork.settings.settings import Options
 from prefork.states import Stop
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat

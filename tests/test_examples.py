@@ -22,7 +22,7 @@ from PIL import Image
 
 import prefork.errors
 import prefork.master
-from prefork.options import Setting, declared
+from prefork.settings.settings import Setting, declared
 from support import Address, Program, dial, patterns, until
 
 ROOT = Path(__file__).resolve().parent.parent

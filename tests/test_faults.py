@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import prefork.master as master
-from prefork.options import Options
+from prefork.settings.settings import Options
 from prefork.stop_sequence import Stage
 from programs2.faults import begin, check_alive, soon
 from programs2.scripts import Notes, Start, hold, launch, noted, rest

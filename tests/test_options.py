@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prefork.errors import OptionError, PreforkError
 from prefork.kernel.cgroup import usable_cpus
-from prefork.options import MAX_WORKERS, Options, Settings, declared
+from prefork.settings.settings import MAX_WORKERS, Options, Settings, declared
 
 
 class Lines:

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from prefork.options import MAX_WORKERS, Options
 from prefork.pool import Abort, Kill, Member, Need, News, Order, Pool, Quit, Retire, Spawn
 from prefork.reports import Reason
+from prefork.settings.settings import MAX_WORKERS, Options
 from prefork.states import State, Stop
 
 

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from prefork.options import Options
 from prefork.pool import Abort, Kill, News, Order, Pool, Quit, Retire, Spawn
 from prefork.reports import Reason
+from prefork.settings.settings import Options
 from prefork.states import State, Stop
 
 STEPS = int(os.environ.get("PREFORK_MODEL_STEPS", "100000"))

@@ -14,7 +14,7 @@ import pytest
 import prefork.lifeline as lifeline
 import prefork.scoreboard as scoreboard
 from prefork.errors import RequestTimeout
-from prefork.options import Options
+from prefork.settings.settings import Options
 from prefork.workers.asgi import ASGIWorker
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat

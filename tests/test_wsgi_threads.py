@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from prefork.options import Options
 from prefork.scoreboard import Scoreboard
+from prefork.settings.settings import Options
 from prefork.workers.child import Seat
 from prefork.workers.turns import NEVER
 from prefork.workers.wsgi import WSGIWorker

@@ -19,7 +19,7 @@ import prefork.kernel.exits as exits
 import prefork.kernel.logs as logs
 import prefork.lifeline as lifeline
 import prefork.scoreboard as scoreboard
-from prefork.options import Options
+from prefork.settings.settings import Options
 
 # The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends
 # it: the handler looks at the deadline itself.
