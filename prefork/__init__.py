@@ -8,7 +8,7 @@ from socketserver import BaseRequestHandler, DatagramRequestHandler, StreamReque
 from typing import TYPE_CHECKING, Any
 
 from prefork.errors import BootError, OptionError, PreforkError, ProgramError, RequestTimeout
-from prefork.reports import Reason, WorkerExit
+from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.server import (
     PreforkMixIn,
     PreforkTCPServer,

@@ -20,9 +20,9 @@ import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
 from prefork.program import Bind, Program
-from prefork.reports import WorkerExit
+from prefork.rules.states import Stop
+from prefork.rules.worker_exit import WorkerExit
 from prefork.settings.settings import Options, Setting, declared
-from prefork.states import Stop
 from prefork.workers.child import Seat
 
 log = logs.get("prefork")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
-from prefork.reports import Reason, WorkerExit
+from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.scoreboard import Entry, Scoreboard
 from prefork.settings.settings import Options
 from prefork.workers.child import Seat

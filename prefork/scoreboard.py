@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import prefork.kernel.host_port as addresses
+from prefork.rules.states import Phase
 from prefork.settings.settings import MAX_WORKERS
-from prefork.states import Phase
 
 CELLS = 16
 SIZE = CELLS * 8

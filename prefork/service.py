@@ -27,9 +27,9 @@ import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError
-from prefork.reports import Reason, WorkerExit
+from prefork.rules.states import Stop
+from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
-from prefork.states import Stop
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
 from prefork.workers.sync import SyncWorker

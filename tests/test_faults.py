@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import prefork.master as master
+from prefork.rules.stop_sequence import Stage
 from prefork.settings.settings import Options
-from prefork.stop_sequence import Stage
 from programs2.faults import begin, check_alive, soon
 from programs2.scripts import Notes, Start, hold, launch, noted, rest
 from support import ask, patterns, processes, state, until

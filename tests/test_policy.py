@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prefork.policy as policy
-from prefork.policy import Attention, Backoff, Deadlines, Reading
+import prefork.rules.pacing as policy
+from prefork.rules.pacing import Attention, Backoff, Deadlines, Reading
 
 
 class Low(random.Random):

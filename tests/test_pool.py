@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from prefork.pool import Abort, Kill, Member, Need, News, Order, Pool, Quit, Retire, Spawn
-from prefork.reports import Reason
+from prefork.rules.pool import Abort, Kill, Member, Need, News, Order, Pool, Quit, Retire, Spawn
+from prefork.rules.states import State, Stop
+from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import MAX_WORKERS, Options
-from prefork.states import State, Stop
 
 
 class Bench:

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from prefork.pool import Abort, Kill, News, Order, Pool, Quit, Retire, Spawn
-from prefork.reports import Reason
+from prefork.rules.pool import Abort, Kill, News, Order, Pool, Quit, Retire, Spawn
+from prefork.rules.states import State, Stop
+from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import Options
-from prefork.states import State, Stop
 
 STEPS = int(os.environ.get("PREFORK_MODEL_STEPS", "100000"))
 SEED = os.environ.get("PREFORK_MODEL_SEED", "1")

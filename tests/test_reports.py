@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from prefork.reports import Reason, WorkerExit
+from prefork.rules.worker_exit import Reason, WorkerExit
 
 PLAIN = WorkerExit(2, 4711, 3, Reason.STOPPED, 0, None, 0.0, 12, None, 7.25)
 

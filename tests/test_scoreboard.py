@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prefork.scoreboard as scoreboard
+from prefork.rules.states import Phase
 from prefork.scoreboard import Scoreboard
 from prefork.settings.settings import MAX_WORKERS
-from prefork.states import Phase
 
 NOW = 1000.0
 

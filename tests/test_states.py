@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from prefork.states import TRANSITIONS, Event, Phase, State, Stop
+from prefork.rules.states import TRANSITIONS, Event, Phase, State, Stop
 
 DRAWING = """
             booted      retired     exited

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefork.stop_sequence import ESCALATION, HANDSHAKES, LAST_CALLS, SETTLE, Stage, StopSequence
+from prefork.rules.stop_sequence import ESCALATION, HANDSHAKES, LAST_CALLS, SETTLE, Stage, StopSequence
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT")
 

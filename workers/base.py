@@ -24,11 +24,11 @@ from typing import Any
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.lifeline as lifeline
-import prefork.policy as policy
+import prefork.rules.pacing as policy
 import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout
-from prefork.states import Phase
+from prefork.rules.states import Phase
 from prefork.workers.accept import Acceptor, Taken
 from prefork.workers.child import INTERRUPT, Seat, Told, exit_code, own_memory, set_title
 from prefork.workers.request import Request, Requests

@@ -21,10 +21,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import prefork.policy as policy
-from prefork.reports import Reason
+import prefork.rules.pacing as policy
+from prefork.rules.states import TRANSITIONS, Event, State, Stop
+from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import MAX_WORKERS, Options
-from prefork.states import TRANSITIONS, Event, State, Stop
 
 
 class Need(enum.Enum):
