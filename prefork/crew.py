@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.lifeline as lifeline
+import prefork.link.lifeline as lifeline
+from prefork.link.scoreboard import Entry, Scoreboard
 from prefork.rules.worker_exit import Reason, WorkerExit
-from prefork.scoreboard import Entry, Scoreboard
 from prefork.settings.settings import Options
 from prefork.workers.child import Seat
 

@@ -20,17 +20,17 @@ from typing import Any, Protocol
 import prefork.kernel.inbox as signals
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.lifeline as lifeline
+import prefork.link.lifeline as lifeline
 import prefork.rules.pacing as policy
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
 from prefork.crew import Hand, Start, launch, log_exit
 from prefork.errors import BootError, PreforkError
 from prefork.kernel.listener import Listener, describe
+from prefork.link.scoreboard import Scoreboard
 from prefork.rules.states import Phase, State, Stop
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason, WorkerExit
-from prefork.scoreboard import Scoreboard
 from prefork.settings.settings import MAX_WORKERS, Options
 from prefork.workers.child import INTERRUPT, prepare
 

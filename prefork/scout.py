@@ -27,7 +27,7 @@ import prefork.kernel.exits as exits
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.lifeline as lifeline
+import prefork.link.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.settings.settings import Options
 from prefork.workers.child import ABANDONED, Told, leave_if_told, set_title

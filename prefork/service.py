@@ -22,8 +22,8 @@ import prefork.crew as crew
 import prefork.kernel.import_path as imports
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
+import prefork.link.scoreboard as scoreboard
 import prefork.master as master
-import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import psutil
 
 import prefork.kernel.processes as processes
-import prefork.lifeline as lifeline
+import prefork.link.lifeline as lifeline
 import prefork.testbed as testbed
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import pytest
 
 import prefork.kernel.host_port as addresses
 import prefork.kernel.listener as listeners
-from prefork.scoreboard import Scoreboard
+from prefork.link.scoreboard import Scoreboard
 from programs2.scripts import Start, path_of_modules
 from support import Address, Program, patterns
 from support.clients import has_ipv6

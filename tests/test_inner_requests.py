@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(60)
 BODY = """
 import contextlib
 
-import prefork.scoreboard as scoreboard
+import prefork.link.scoreboard as scoreboard
 
 def job(worker, name, begun=None):
     ready = threading.Event()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import prefork.lifeline as lifeline
-import prefork.scoreboard as scoreboard
+import prefork.link.lifeline as lifeline
+import prefork.link.scoreboard as scoreboard
 from prefork.errors import RequestTimeout
 from prefork.settings.settings import Options
 from prefork.workers.asgi import ASGIWorker

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import prefork.scoreboard as scoreboard
+import prefork.link.scoreboard as scoreboard
+from prefork.link.scoreboard import Scoreboard
 from prefork.rules.states import Phase
-from prefork.scoreboard import Scoreboard
 from prefork.settings.settings import MAX_WORKERS
 
 NOW = 1000.0

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-import prefork.scoreboard as scoreboard
+import prefork.link.scoreboard as scoreboard
 import prefork.workers.gate as gate
+from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
-from prefork.scoreboard import Scoreboard, Slot
 from prefork.workers.accept import Acceptor
 from prefork.workers.share import NOBODYS, OURS, PATIENCE, THEIRS, Share
 from programs2.scripts import Start, path_of_modules

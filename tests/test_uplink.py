@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import prefork.lifeline as lifeline
+import prefork.link.lifeline as lifeline
 
 TOKEN = b"8 bytes."
 KINDS = (lifeline.READY, lifeline.LEAVES, lifeline.WORN, lifeline.STOP, lifeline.STUCK, lifeline.EXITS)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefork.scoreboard import Scoreboard
+from prefork.link.scoreboard import Scoreboard
 from prefork.settings.settings import Options
 from prefork.workers.child import Seat
 from prefork.workers.turns import NEVER
@@ -336,7 +336,7 @@ def test_an_address_of_ones_own(start: Start) -> None:
 # deadline, and how many requests are over.
 OWN = """
 from kit import *
-import prefork.scoreboard as scoreboard
+import prefork.link.scoreboard as scoreboard
 
 def start_job(worker, name):
     begun = threading.Event()

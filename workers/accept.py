@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.scoreboard as scoreboard
+import prefork.link.scoreboard as scoreboard
 from prefork.kernel.originals import select, socket, time
 
 log = logs.get("prefork")

@@ -23,9 +23,9 @@ from typing import Any
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.lifeline as lifeline
+import prefork.link.lifeline as lifeline
+import prefork.link.scoreboard as scoreboard
 import prefork.rules.pacing as policy
-import prefork.scoreboard as scoreboard
 import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout
 from prefork.rules.states import Phase

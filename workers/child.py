@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import prefork.kernel.exits as exits
 import prefork.kernel.logs as logs
-import prefork.lifeline as lifeline
-import prefork.scoreboard as scoreboard
+import prefork.link.lifeline as lifeline
+import prefork.link.scoreboard as scoreboard
 from prefork.settings.settings import Options
 
 # The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends

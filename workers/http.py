@@ -20,7 +20,7 @@ import httptools
 
 from prefork.kernel.host_port import bracketed, host_port
 from prefork.kernel.originals import select
-from prefork.scoreboard import host_and_port
+from prefork.link.scoreboard import host_and_port
 
 DONTWAIT = int(socket.MSG_DONTWAIT)
 READ = 65536  # bytes asked of the kernel at once

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from time import monotonic
 
-import prefork.scoreboard as scoreboard
-from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, REQUESTS
+import prefork.link.scoreboard as scoreboard
+from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, REQUESTS
 
 Cells = tuple["memoryview[int]", "memoryview[float]"]
 

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 import prefork.kernel.processes as processes
-import prefork.scoreboard as scoreboard
+import prefork.link.scoreboard as scoreboard
 
 ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings
 PATIENCE = 0.01  # seconds for which it is: a busy machine lets who was woken wait so long

@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 
 import prefork.kernel.logs as logs
 from prefork.errors import PreforkError, RequestTimeout
-from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
+from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
 from prefork.settings.settings import Options
 from prefork.workers.protocols import strict
 from prefork.workers.request import Requests

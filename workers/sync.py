@@ -6,7 +6,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-import prefork.scoreboard as scoreboard
+import prefork.link.scoreboard as scoreboard
 import prefork.workers.chain as chain
 from prefork.kernel.originals import refuse_patched
 from prefork.workers.accept import Take, has_plain_peers

@@ -16,7 +16,7 @@ import prefork.kernel.logs as logs
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
 from prefork.kernel.originals import select
-from prefork.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
+from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.workers.child import Seat
 
 try:
