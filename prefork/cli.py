@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.master as master
+import prefork.master.loop as master
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import prefork.crew as crew
 import prefork.kernel.import_path as imports
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.link.scoreboard as scoreboard
-import prefork.master as master
+import prefork.master.loop as master
+import prefork.master.worker_handle as crew
 import prefork.workers.chain as chain
 import prefork.workers.child as child
 from prefork.errors import OptionError, PreforkError

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import prefork.errors
-import prefork.master
+import prefork.master.loop
 from prefork.settings.settings import Setting, declared
 from support import Address, Program, dial, patterns, until
 
@@ -404,4 +404,4 @@ def test_signals_are_documented() -> None:
     """docs/signals.md has a row for every signal that the master takes over."""
     named = set(re.findall(r"^\| ([A-Z0-9, ]+) \|", SIGNALS.read_text(encoding="utf-8"), re.MULTILINE))
     names = {name for cell in named for name in cell.split(", ")}
-    assert {one.name.removeprefix("SIG") for one in prefork.master.SIGNALS} <= names
+    assert {one.name.removeprefix("SIG") for one in prefork.master.loop.SIGNALS} <= names

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import prefork.master as master
+import prefork.master.loop as master
 from prefork.rules.stop_sequence import Stage
 from prefork.settings.settings import Options
 from programs2.faults import begin, check_alive, soon
@@ -103,8 +103,8 @@ signal.set_wakeup_fd = lambda fd, **named: -1
 def test_a_failure_changes_no_deadline(start: Start, notes: Notes) -> None:
     """A turn of the loop that failed while a worker was missing is no reason to put off requests' deadlines."""
     before = """
-import prefork.master
-prefork.master.log_exit = refusing(prefork.master.log_exit, errno.EIO, times=1)
+import prefork.master.loop
+prefork.master.loop.log_exit = refusing(prefork.master.loop.log_exit, errno.EIO, times=1)
 """
     program = begin(start, before, timeout=0.5, allow=[patterns.TRACEBACK, patterns.FAULT])
     workers = program.wait_ready(2)
@@ -122,8 +122,8 @@ prefork.master.log_exit = refusing(prefork.master.log_exit, errno.EIO, times=1)
 def test_a_step_that_always_fails(start: Start) -> None:
     """What fails in each turn keeps nothing else from being done, and is not said more than once a second."""
     before = """
-import prefork.master
-prefork.master.Master._judge = refusing(prefork.master.Master._judge, errno.EIO)
+import prefork.master.loop
+prefork.master.loop.Master._judge = refusing(prefork.master.loop.Master._judge, errno.EIO)
 """
     program = begin(start, before, allow=[patterns.TRACEBACK])
     program.write("refuse", "")

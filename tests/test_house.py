@@ -275,7 +275,7 @@ def test_tests_do_not_sleep() -> None:
     ("rule", "module", "source", "problems"),
     [
         (wrong_imports, "pool", "from prefork.settings.settings import Options\nimport prefork.rules.states", 0),
-        (wrong_imports, "pool", "from prefork.master import Master", 1),
+        (wrong_imports, "pool", "from prefork.master.loop import Master", 1),
         (wrong_imports, "pool", "def late():\n    import prefork.server", 1),
         (wrong_imports, "signals", "from prefork.kernel.listener import Listener", 1),
         (wrong_imports, "signals", "from prefork import errors", 1),

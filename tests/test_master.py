@@ -40,7 +40,7 @@ NO_PIDFD = {
     "refused": "def refuse(*arguments):\n    raise OSError(24, 'Too many open files')\n\nos.pidfd_open = refuse\n",
     # As the parameter of Master says.
     "unwanted": (
-        "import functools\nimport prefork.master as master\n"
+        "import functools\nimport prefork.master.loop as master\n"
         "master.Master = functools.partial(master.Master, use_pidfd=False)\n"
     ),
     "there": "",

@@ -24,10 +24,10 @@ import prefork.link.lifeline as lifeline
 import prefork.rules.pacing as policy
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
-from prefork.crew import Hand, Start, launch, log_exit
 from prefork.errors import BootError, PreforkError
 from prefork.kernel.listener import Listener, describe
 from prefork.link.scoreboard import Scoreboard
+from prefork.master.worker_handle import Hand, Start, launch, log_exit
 from prefork.rules.states import Phase, State, Stop
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason, WorkerExit
