@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefork.errors import BootError, OptionError, PreforkError, ProgramError, RequestTimeout
 from prefork.rules.worker_exit import Reason, WorkerExit
-from prefork.server import (
+from prefork.servers.mixin import (
     PreforkMixIn,
     PreforkTCPServer,
     PreforkUDPServer,
@@ -21,7 +21,7 @@ from prefork.workers.base import Worker
 from prefork.workers.sync import SyncWorker
 
 if TYPE_CHECKING:
-    from prefork.http import BufferedHTTPMixIn, PreforkHTTPServer
+    from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer
     from prefork.workers.aio import AsyncioWorker
     from prefork.workers.asgi import ASGIWorker
     from prefork.workers.coroutines import AsyncDatagramRequestHandler, AsyncStreamRequestHandler
@@ -65,8 +65,8 @@ _LATER = {
     "AsyncDatagramRequestHandler": "prefork.workers.coroutines",
     "AsyncStreamRequestHandler": "prefork.workers.coroutines",
     "AsyncioWorker": "prefork.workers.aio",
-    "BufferedHTTPMixIn": "prefork.http",
-    "PreforkHTTPServer": "prefork.http",
+    "BufferedHTTPMixIn": "prefork.servers.http",
+    "PreforkHTTPServer": "prefork.servers.http",
     "ThreadWorker": "prefork.workers.threaded",
     "WSGIWorker": "prefork.workers.wsgi",
 }

@@ -25,8 +25,8 @@ import prefork.kernel.import_path as imports
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.server as server
-import prefork.service as service
+import prefork.servers.mixin as server
+import prefork.servers.runner as service
 import prefork.workers.chain as chain
 from prefork.errors import OptionError, ProgramError
 from prefork.scout import Scout, Work, own_traceback

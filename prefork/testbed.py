@@ -19,7 +19,7 @@ from typing import Any
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.kernel.writer as writer
-import prefork.server as server
+import prefork.servers.mixin as server
 from prefork.errors import PreforkError
 
 

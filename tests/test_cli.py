@@ -390,7 +390,7 @@ def test_a_library_that_is_not_there(tmp_path: Path, kind: str, library: str) ->
         import sys
         sys.modules[{library!r}] = None
         application = print
-        from prefork.service import worker_class
+        from prefork.servers.runner import worker_class
         Kind = worker_class({kind!r})
     """
     arguments = ("app:application", "-b", TCP, "--worker-class", "app:Kind")

@@ -27,7 +27,7 @@ import struct
 
 from kit import *
 from prefork import AsyncStreamRequestHandler
-from prefork.http import BufferedHTTPMixIn, PreforkHTTPServer
+from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer
 
 ENDLESS = b"x" * 100_000
 

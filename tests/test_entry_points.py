@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import prefork
-import prefork.service as service
+import prefork.servers.runner as service
 from prefork import OptionError
 from programs2.scripts import Start, launch, path_of_modules
 from support import ask, patterns

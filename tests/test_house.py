@@ -276,7 +276,7 @@ def test_tests_do_not_sleep() -> None:
     [
         (wrong_imports, "pool", "from prefork.settings.settings import Options\nimport prefork.rules.states", 0),
         (wrong_imports, "pool", "from prefork.master.loop import Master", 1),
-        (wrong_imports, "pool", "def late():\n    import prefork.server", 1),
+        (wrong_imports, "pool", "def late():\n    import prefork.servers.mixin", 1),
         (wrong_imports, "signals", "from prefork.kernel.listener import Listener", 1),
         (wrong_imports, "signals", "from prefork import errors", 1),
         (wrong_imports, "signals", "from prefork import pool", 2),
@@ -287,7 +287,7 @@ def test_tests_do_not_sleep() -> None:
         (wrong_imports, "workers.base", "from prefork.workers import sync", 1),
         (wrong_imports, "workers.base", "from workers import sync", 1),
         (wrong_imports, "cli", "from prefork.program import load", 0),
-        (wrong_imports, "__init__", "from prefork.server import PreforkMixIn", 0),
+        (wrong_imports, "__init__", "from prefork.servers.mixin import PreforkMixIn", 0),
         (wrong_imports, "__init__", "from prefork.cli import main", 1),
         (impurities, "pool", "import random\ndef roll(dice: random.Random) -> float: return dice.random()", 0),
         (impurities, "pool", "import random\ndice = random.Random()", 1),

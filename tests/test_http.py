@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from prefork.http import BufferedHTTPMixIn
+from prefork.servers.http import BufferedHTTPMixIn
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, dial, elapse, patterns, until
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prefork.http import BufferedHTTPMixIn
+from prefork.servers.http import BufferedHTTPMixIn
 
 PLAIN = b"GET /a?b=c HTTP/1.1\r\nHost: x\r\nUser-Agent:\t y z \r\nEmpty:\r\nX-High: \xe9\x85\r\nhost: again\r\n\r\n"
 

@@ -35,7 +35,7 @@ with Server(("127.0.0.1", 0), {handler}) as server:
 
 NO_PIDFD = {
     # The kernel, or Python, has none.
-    "absent": "import os, signal\ndel os.pidfd_open\ndel signal.pidfd_send_signal\n\nimport prefork.server\n",
+    "absent": "import os, signal\ndel os.pidfd_open\ndel signal.pidfd_send_signal\n\nimport prefork.servers.mixin\n",
     # There are none left.
     "refused": "def refuse(*arguments):\n    raise OSError(24, 'Too many open files')\n\nos.pidfd_open = refuse\n",
     # As the parameter of Master says.

@@ -209,7 +209,7 @@ def test_an_upgrade_under_a_running_master(start: Start, tmp_path: Path, kind: s
     elif kind == "script":
         app, command = app + SERVE, ["{work}/app.py"]
     elif kind == "http":
-        app = "import prefork.http\n" + text("sync")
+        app = "import prefork.servers.http\n" + text("sync")
     speaks = kind if kind in KINDS else "sync" if kind == "http" else "asgi"
     if kind != "script":
         command += ["-b", TCP, "-w", "1"]

@@ -42,7 +42,7 @@ def is_clients(request: Any, error: BaseException | None) -> bool:
         return False
     raised_in = frames[-1].f_locals.get("self")
     if raised_in is request or getattr(raised_in, "_sock", None) is request:
-        return True  # TLS; a file of socketserver's or prefork.http's
+        return True  # TLS; a file of socketserver's or prefork.servers.http's
     if isinstance(raised_in, socket.SocketIO):
         return _is_file(raised_in, frames, request)
     # A handler's own line, which may use other sockets too. An error that nobody was told of yet is still there.

@@ -23,7 +23,7 @@ import prefork.workers.disconnect as disconnect
 from prefork.errors import OptionError
 from prefork.kernel.originals import refuse_patched
 from prefork.rules.worker_exit import WorkerExit
-from prefork.service import Service, check, renewed, service_of, worker_class
+from prefork.servers.runner import Service, check, renewed, service_of, worker_class
 from prefork.settings.settings import Options, Settings
 from prefork.workers.base import Worker
 from prefork.workers.sync import SyncWorker

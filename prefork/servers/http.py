@@ -21,7 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from prefork.kernel.originals import select
-from prefork.server import PreforkMixIn
+from prefork.servers.mixin import PreforkMixIn
 
 if TYPE_CHECKING:
     _Handler = http.server.BaseHTTPRequestHandler
