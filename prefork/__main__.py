@@ -2,7 +2,7 @@
 
 import sys
 
-from prefork.cli import main
+from prefork.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import prefork
+from prefork.command.program import Bind
 from prefork.errors import OptionError
 from prefork.kernel.import_path import Place
-from prefork.program import Bind
 from programs2.scripts import Start, path_of_modules
 from support import Address, Program, ask
 from support.clients import has_ipv6

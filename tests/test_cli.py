@@ -344,10 +344,12 @@ def test_a_directory_that_was_removed(tmp_path: Path) -> None:
     for name, says in (("there:number", "there:number is 7"), ("app:number", "no module 'app'")):
         place.mkdir()
         # Python 3.13.0 itself fails to import much without a directory: that comes first.
-        inside = f"import prefork.cli, shutil, sys; shutil.rmtree({str(place)!r}); sys.path[0] = {str(elsewhere)!r}"
+        inside = (
+            f"import prefork.command.cli, shutil, sys; shutil.rmtree({str(place)!r}); sys.path[0] = {str(elsewhere)!r}"
+        )
         (place / "app.py").write_text("number = 7\n")
         done = subprocess.run(
-            [sys.executable, "-c", f"{inside}; sys.exit(prefork.cli.main())", name, "-b", TCP],
+            [sys.executable, "-c", f"{inside}; sys.exit(prefork.command.cli.main())", name, "-b", TCP],
             cwd=place, capture_output=True, text=True, timeout=20, check=False,
         )  # fmt: skip
         assert done.returncode == 4 and says in complaint(done.stderr), done.stderr

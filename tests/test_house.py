@@ -286,9 +286,9 @@ def test_tests_do_not_sleep() -> None:
         (wrong_imports, "workers.sync", "from prefork.workers.base import Worker", 0),
         (wrong_imports, "workers.base", "from prefork.workers import sync", 1),
         (wrong_imports, "workers.base", "from workers import sync", 1),
-        (wrong_imports, "cli", "from prefork.program import load", 0),
+        (wrong_imports, "cli", "from prefork.command.program import load", 0),
         (wrong_imports, "__init__", "from prefork.servers.mixin import PreforkMixIn", 0),
-        (wrong_imports, "__init__", "from prefork.cli import main", 1),
+        (wrong_imports, "__init__", "from prefork.command.cli import main", 1),
         (impurities, "pool", "import random\ndef roll(dice: random.Random) -> float: return dice.random()", 0),
         (impurities, "pool", "import random\ndice = random.Random()", 1),
         (impurities, "pool", "from random import random", 1),
@@ -316,6 +316,6 @@ def test_rules_have_teeth(
 
 def test_circles_are_found() -> None:
     """Two modules of one floor that import each other are a circle."""
-    circle = {"cli": "from prefork.program import load", "program": "import prefork.cli"}
+    circle = {"cli": "from prefork.command.program import load", "program": "import prefork.command.cli"}
     with pytest.raises(graphlib.CycleError):
         graphlib.TopologicalSorter({module: neighbours(ast.parse(text)) for module, text in circle.items()}).prepare()

@@ -9,7 +9,7 @@ import select
 import sys
 
 import prefork
-import prefork.cli
+import prefork.command.cli
 from work import Work
 
 
@@ -29,4 +29,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "script":
         script(*sys.argv[2:])
     else:
-        sys.exit(prefork.cli.main(sys.argv[2:]))
+        sys.exit(prefork.command.cli.main(sys.argv[2:]))

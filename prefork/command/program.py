@@ -28,8 +28,8 @@ import prefork.kernel.processes as processes
 import prefork.servers.mixin as server
 import prefork.servers.runner as service
 import prefork.workers.chain as chain
+from prefork.command.probe import Scout, Work, own_traceback
 from prefork.errors import OptionError, ProgramError
-from prefork.scout import Scout, Work, own_traceback
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
 from prefork.workers.child import Seat
