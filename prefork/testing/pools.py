@@ -35,7 +35,7 @@ import psutil
 
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
-import prefork.testbed as testbed
+import prefork.testing.process as testbed
 
 T = TypeVar("T")
 

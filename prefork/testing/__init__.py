@@ -1,0 +1,3 @@
+"""What tests of users use."""
+
+from prefork.testing.pools import *
