@@ -14,7 +14,7 @@ import pytest
 
 from prefork.link.scoreboard import Scoreboard
 from prefork.settings.settings import Options
-from prefork.workers.child import Seat
+from prefork.workers.lifecycle import Seat
 from prefork.workers.turns import NEVER
 from prefork.workers.wsgi import WSGIWorker
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules

@@ -9,8 +9,8 @@ from time import monotonic
 from typing import Any
 
 import prefork.kernel.logs as logs
+import prefork.workers.client_errors as disconnect
 import prefork.workers.coroutines as coroutines
-import prefork.workers.disconnect as disconnect
 from prefork.errors import OptionError
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.gate import Gate

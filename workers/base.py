@@ -30,8 +30,8 @@ import prefork.workers.chain as chain
 from prefork.errors import RequestTimeout
 from prefork.rules.states import Phase
 from prefork.workers.accept import Acceptor, Taken
-from prefork.workers.child import INTERRUPT, Seat, Told, exit_code, own_memory, set_title
-from prefork.workers.request import Request, Requests
+from prefork.workers.accounting import Request, Requests
+from prefork.workers.lifecycle import INTERRUPT, Seat, Told, exit_code, own_memory, set_title
 
 log = logs.get("prefork")
 

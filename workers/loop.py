@@ -17,8 +17,8 @@ import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.originals import refuse_patched
 from prefork.workers.accept import FULL
+from prefork.workers.accounting import FreeRequest, Request
 from prefork.workers.base import Worker
-from prefork.workers.request import FreeRequest, Request
 from prefork.workers.share import Share
 
 try:

@@ -23,8 +23,8 @@ import prefork.kernel.processes as processes
 from prefork.kernel.originals import refuse_patched, select
 from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
-from prefork.workers.child import Seat
 from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
+from prefork.workers.lifecycle import Seat
 from prefork.workers.response import Clock, refusal
 from prefork.workers.share import ASIDE, THEIRS, Share
 from prefork.workers.turns import NEVER, Turns

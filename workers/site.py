@@ -24,8 +24,8 @@ import prefork.kernel.logs as logs
 from prefork.errors import PreforkError, RequestTimeout
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
 from prefork.settings.settings import Options
+from prefork.workers.accounting import Requests
 from prefork.workers.protocols import strict
-from prefork.workers.request import Requests
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

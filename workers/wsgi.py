@@ -17,7 +17,7 @@ import prefork.workers.chain as chain
 from prefork.errors import OptionError, RequestTimeout
 from prefork.kernel.originals import select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
-from prefork.workers.child import Seat
+from prefork.workers.lifecycle import Seat
 
 try:
     from prefork.workers.access import AccessLog

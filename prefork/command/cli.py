@@ -16,14 +16,14 @@ import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.master.loop as master
-import prefork.workers.child as child
+import prefork.workers.lifecycle as child
 from prefork.command.program import Bind, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
 from prefork.rules.states import Stop
 from prefork.rules.worker_exit import WorkerExit
 from prefork.settings.settings import Options, Setting, declared
-from prefork.workers.child import Seat
+from prefork.workers.lifecycle import Seat
 
 log = logs.get("prefork")
 

@@ -30,7 +30,7 @@ import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.settings.settings import Options
-from prefork.workers.child import ABANDONED, Told, leave_if_told, set_title
+from prefork.workers.lifecycle import ABANDONED, Told, leave_if_told, set_title
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
 

@@ -32,7 +32,7 @@ from prefork.command.probe import Scout, Work, own_traceback
 from prefork.errors import OptionError, ProgramError
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
-from prefork.workers.child import Seat
+from prefork.workers.lifecycle import Seat
 
 log = logs.get("prefork")
 

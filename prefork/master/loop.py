@@ -32,7 +32,7 @@ from prefork.rules.states import Phase, State, Stop
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import MAX_WORKERS, Options
-from prefork.workers.child import INTERRUPT, prepare
+from prefork.workers.lifecycle import INTERRUPT, prepare
 
 log = logs.get("prefork")
 

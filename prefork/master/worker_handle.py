@@ -13,7 +13,7 @@ import prefork.link.lifeline as lifeline
 from prefork.link.scoreboard import Entry, Scoreboard
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
-from prefork.workers.child import Seat
+from prefork.workers.lifecycle import Seat
 
 log = logs.get("prefork")
 

@@ -19,7 +19,7 @@ import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.workers.chain as chain
-import prefork.workers.disconnect as disconnect
+import prefork.workers.client_errors as disconnect
 from prefork.errors import OptionError
 from prefork.kernel.originals import refuse_patched
 from prefork.rules.worker_exit import WorkerExit

@@ -25,13 +25,13 @@ import prefork.link.scoreboard as scoreboard
 import prefork.master.loop as master
 import prefork.master.worker_handle as crew
 import prefork.workers.chain as chain
-import prefork.workers.child as child
+import prefork.workers.lifecycle as child
 from prefork.errors import OptionError, PreforkError
 from prefork.rules.states import Stop
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
 from prefork.workers.base import Worker
-from prefork.workers.child import Seat
+from prefork.workers.lifecycle import Seat
 from prefork.workers.sync import SyncWorker
 
 log = logs.get("prefork")
