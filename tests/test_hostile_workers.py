@@ -253,7 +253,7 @@ def test_no_null_device(start: Start) -> None:
 def test_who_cannot_accept_is_not_ready(start: Start) -> None:
     """A worker that cannot make what it needs to accept has failed to boot: a reload fails, the old pool serves on."""
     before = """
-import prefork.workers.accept as accept
+import prefork.workers.intake.acceptor as accept
 accept.Acceptor.__init__ = refusing(accept.Acceptor.__init__, errno.EMFILE)
 """
     program = begin(start, before, allow=[patterns.TRACEBACK])

@@ -18,8 +18,8 @@ import prefork.link.scoreboard as scoreboard
 import prefork.workers.gate as gate
 from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
-from prefork.workers.accept import Acceptor
-from prefork.workers.share import NOBODYS, OURS, PATIENCE, THEIRS, Share
+from prefork.workers.intake.acceptor import Acceptor
+from prefork.workers.intake.balance import NOBODYS, OURS, PATIENCE, THEIRS, Share
 from programs2.scripts import Start, path_of_modules
 from support import Address, dial, elapse
 from support.web import Web

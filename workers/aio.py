@@ -12,8 +12,8 @@ import prefork.kernel.logs as logs
 import prefork.workers.client_errors as disconnect
 import prefork.workers.coroutines as coroutines
 from prefork.errors import OptionError
-from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.gate import Gate
+from prefork.workers.intake.acceptor import FULL, PAUSE
 from prefork.workers.loop import TURN, LoopWorker, bared
 
 log = logs.get("prefork")

@@ -20,8 +20,8 @@ from typing import Any
 
 import prefork.kernel.logs as logs
 from prefork.errors import OptionError
-from prefork.workers.accept import FULL
 from prefork.workers.gate import Gate
+from prefork.workers.intake.acceptor import FULL
 from prefork.workers.loop import TURN, LoopWorker, bared
 
 try:

@@ -26,11 +26,11 @@ import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
 import prefork.rules.pacing as policy
-import prefork.workers.chain as chain
+import prefork.workers.intake.dispatch as chain
 from prefork.errors import RequestTimeout
 from prefork.rules.states import Phase
-from prefork.workers.accept import Acceptor, Taken
 from prefork.workers.accounting import Request, Requests
+from prefork.workers.intake.acceptor import Acceptor, Taken
 from prefork.workers.lifecycle import INTERRUPT, Seat, Told, exit_code, own_memory, set_title
 
 log = logs.get("prefork")

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 from prefork.errors import OptionError
-from prefork.workers.accept import FULL, PAUSE, Acceptor, Taken, Taker
+from prefork.workers.intake.acceptor import FULL, PAUSE, Acceptor, Taken, Taker
 
 log = logs.get("prefork")
 

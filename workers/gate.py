@@ -22,8 +22,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from prefork.workers.accept import FULL, PAUSE, Acceptor
-from prefork.workers.share import ASIDE, OURS, PATIENCE, THEIRS, Share
+from prefork.workers.intake.acceptor import FULL, PAUSE, Acceptor
+from prefork.workers.intake.balance import ASIDE, OURS, PATIENCE, THEIRS, Share
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 BATCH = 8  # taken in one turn of the loop, where so many wait; with 1 a connection under load costs a third more

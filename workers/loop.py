@@ -16,10 +16,10 @@ from typing import Any
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.originals import refuse_patched
-from prefork.workers.accept import FULL
 from prefork.workers.accounting import FreeRequest, Request
 from prefork.workers.base import Worker
-from prefork.workers.share import Share
+from prefork.workers.intake.acceptor import FULL
+from prefork.workers.intake.balance import Share
 
 try:
     import uvloop

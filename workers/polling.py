@@ -21,12 +21,12 @@ import prefork.kernel.host_port as addresses
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 from prefork.kernel.originals import refuse_patched, select
-from prefork.workers.accept import FULL, PAUSE
 from prefork.workers.base import Worker
 from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
+from prefork.workers.intake.acceptor import FULL, PAUSE
+from prefork.workers.intake.balance import ASIDE, THEIRS, Share
 from prefork.workers.lifecycle import Seat
 from prefork.workers.response import Clock, refusal
-from prefork.workers.share import ASIDE, THEIRS, Share
 from prefork.workers.turns import NEVER, Turns
 
 log = logs.get("prefork")

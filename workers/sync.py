@@ -7,10 +7,10 @@ from time import monotonic
 from typing import Any
 
 import prefork.link.scoreboard as scoreboard
-import prefork.workers.chain as chain
+import prefork.workers.intake.dispatch as chain
 from prefork.kernel.originals import refuse_patched
-from prefork.workers.accept import Take, has_plain_peers
 from prefork.workers.base import Worker
+from prefork.workers.intake.acceptor import Take, has_plain_peers
 
 
 class SyncWorker(Worker):

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any
 
 import prefork.kernel.logs as logs
-import prefork.workers.chain as chain
+import prefork.workers.intake.dispatch as chain
 from prefork.errors import OptionError, RequestTimeout
 from prefork.kernel.originals import select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS

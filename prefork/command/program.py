@@ -27,7 +27,7 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.servers.mixin as server
 import prefork.servers.runner as service
-import prefork.workers.chain as chain
+import prefork.workers.intake.dispatch as chain
 from prefork.command.probe import Scout, Work, own_traceback
 from prefork.errors import OptionError, ProgramError
 from prefork.settings.settings import Options, declared, with_whole_paths

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.workers.chain as chain
 import prefork.workers.client_errors as disconnect
+import prefork.workers.intake.dispatch as chain
 from prefork.errors import OptionError
 from prefork.kernel.originals import refuse_patched
 from prefork.rules.worker_exit import WorkerExit

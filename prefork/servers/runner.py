@@ -24,7 +24,7 @@ import prefork.kernel.logs as logs
 import prefork.link.scoreboard as scoreboard
 import prefork.master.loop as master
 import prefork.master.worker_handle as crew
-import prefork.workers.chain as chain
+import prefork.workers.intake.dispatch as chain
 import prefork.workers.lifecycle as child
 from prefork.errors import OptionError, PreforkError
 from prefork.rules.states import Stop
