@@ -18,14 +18,14 @@ from prefork.servers.mixin import (
     serve,
 )
 from prefork.workers.base import Worker
-from prefork.workers.sync import SyncWorker
+from prefork.workers.handlers.sync import SyncWorker
 
 if TYPE_CHECKING:
     from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer
     from prefork.workers.aio import AsyncioWorker
     from prefork.workers.asgi import ASGIWorker
     from prefork.workers.coroutines import AsyncDatagramRequestHandler, AsyncStreamRequestHandler
-    from prefork.workers.threaded import ThreadWorker
+    from prefork.workers.handlers.threaded import ThreadWorker
     from prefork.workers.wsgi import WSGIWorker
 
 __version__ = "0.1.0"
@@ -67,7 +67,7 @@ _LATER = {
     "AsyncioWorker": "prefork.workers.aio",
     "BufferedHTTPMixIn": "prefork.servers.http",
     "PreforkHTTPServer": "prefork.servers.http",
-    "ThreadWorker": "prefork.workers.threaded",
+    "ThreadWorker": "prefork.workers.handlers.threaded",
     "WSGIWorker": "prefork.workers.wsgi",
 }
 

@@ -40,7 +40,7 @@ UNIX = 'str(RUN / "s")'
 
 # A pool of workers with two threads, whose handler waits for a line. `CLASS`, `HANDLER` and `SETTINGS` are bodies.
 POOL = """
-from prefork.workers.threaded import ThreadWorker
+from prefork.workers.handlers.threaded import ThreadWorker
 from work import Work
 
 class Patient(ThreadWorker):

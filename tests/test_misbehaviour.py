@@ -174,7 +174,7 @@ def test_closing_before_the_drain_is_over(start: Start) -> None:
 def test_a_process_that_a_handler_left_holds_no_port(start: Start, notes: Notes, kind: str) -> None:
     """A process that a handler, or `setup()`, forked may outlive the pool: the address is free all the same."""
     body = """
-        from prefork.workers.sync import SyncWorker
+        from prefork.workers.handlers.sync import SyncWorker
 
         class Forks(prefork.BaseRequestHandler):
             def handle(self):

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(90)
 POOL = """
 import json
 import re
-from prefork.workers.threaded import ThreadWorker
+from prefork.workers.handlers.threaded import ThreadWorker
 
 def hang(order):
     word, _, rest = order.partition(" ")

@@ -26,7 +26,7 @@ from prefork.rules.worker_exit import WorkerExit
 from prefork.servers.runner import Service, check, renewed, service_of, worker_class
 from prefork.settings.settings import Options, Settings
 from prefork.workers.base import Worker
-from prefork.workers.sync import SyncWorker
+from prefork.workers.handlers.sync import SyncWorker
 
 log = logs.get("prefork")
 

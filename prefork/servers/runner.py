@@ -31,15 +31,15 @@ from prefork.rules.states import Stop
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
 from prefork.workers.base import Worker
+from prefork.workers.handlers.sync import SyncWorker
 from prefork.workers.lifecycle import Seat
-from prefork.workers.sync import SyncWorker
 
 log = logs.get("prefork")
 
 _FORKING = socketserver.ForkingMixIn  # programs, and tests, put PreforkMixIn in its place
 CLASSES = {
-    "sync": "prefork.workers.sync:SyncWorker",
-    "thread": "prefork.workers.threaded:ThreadWorker",
+    "sync": "prefork.workers.handlers.sync:SyncWorker",
+    "thread": "prefork.workers.handlers.threaded:ThreadWorker",
     "asyncio": "prefork.workers.aio:AsyncioWorker",
     "wsgi": "prefork.workers.wsgi:WSGIWorker",
     "asgi": "prefork.workers.asgi:ASGIWorker",

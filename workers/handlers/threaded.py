@@ -22,7 +22,7 @@ import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.originals import refuse_patched
 from prefork.workers.base import Worker
-from prefork.workers.filter import Filter, check_of
+from prefork.workers.handlers.filter import Filter, check_of
 from prefork.workers.lifecycle import INTERRUPT
 
 log = logs.get("prefork")
