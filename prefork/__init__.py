@@ -22,9 +22,9 @@ from prefork.workers.handlers.sync import SyncWorker
 
 if TYPE_CHECKING:
     from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer
-    from prefork.workers.aio import AsyncioWorker
     from prefork.workers.asgi import ASGIWorker
-    from prefork.workers.coroutines import AsyncDatagramRequestHandler, AsyncStreamRequestHandler
+    from prefork.workers.eventloop.asyncio_worker import AsyncioWorker
+    from prefork.workers.eventloop.handlers import AsyncDatagramRequestHandler, AsyncStreamRequestHandler
     from prefork.workers.handlers.threaded import ThreadWorker
     from prefork.workers.wsgi import WSGIWorker
 
@@ -62,9 +62,9 @@ __all__ = [
 # Imported when they are asked for: what they stand on costs up to 50 ms, and memory.
 _LATER = {
     "ASGIWorker": "prefork.workers.asgi",
-    "AsyncDatagramRequestHandler": "prefork.workers.coroutines",
-    "AsyncStreamRequestHandler": "prefork.workers.coroutines",
-    "AsyncioWorker": "prefork.workers.aio",
+    "AsyncDatagramRequestHandler": "prefork.workers.eventloop.handlers",
+    "AsyncStreamRequestHandler": "prefork.workers.eventloop.handlers",
+    "AsyncioWorker": "prefork.workers.eventloop.asyncio_worker",
     "BufferedHTTPMixIn": "prefork.servers.http",
     "PreforkHTTPServer": "prefork.servers.http",
     "ThreadWorker": "prefork.workers.handlers.threaded",

@@ -17,7 +17,7 @@ PROGRAMS = """
 import asyncio
 from kit import *
 import prefork.workers.asgi
-from prefork.workers.aio import AsyncioWorker
+from prefork.workers.eventloop.asyncio_worker import AsyncioWorker
 
 def wsgi(environ, start_response):
     start_response("200 OK", [("Content-Length", "2")])

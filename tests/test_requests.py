@@ -17,8 +17,8 @@ from prefork.errors import RequestTimeout
 from prefork.settings.settings import Options
 from prefork.workers.asgi import ASGIWorker
 from prefork.workers.base import Worker
+from prefork.workers.eventloop.base import LoopWorker
 from prefork.workers.lifecycle import Seat
-from prefork.workers.loop import LoopWorker
 from prefork.workers.site import Site
 
 TIMEOUT = 30.0

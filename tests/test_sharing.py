@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import prefork.link.scoreboard as scoreboard
-import prefork.workers.gate as gate
+import prefork.workers.eventloop.listener_gate as gate
 from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
 from prefork.workers.intake.acceptor import Acceptor

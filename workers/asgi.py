@@ -20,9 +20,9 @@ from typing import Any
 
 import prefork.kernel.logs as logs
 from prefork.errors import OptionError
-from prefork.workers.gate import Gate
+from prefork.workers.eventloop.base import TURN, LoopWorker, bared
+from prefork.workers.eventloop.listener_gate import Gate
 from prefork.workers.intake.acceptor import FULL
-from prefork.workers.loop import TURN, LoopWorker, bared
 
 try:
     import prefork.workers.site as site

@@ -40,7 +40,7 @@ _FORKING = socketserver.ForkingMixIn  # programs, and tests, put PreforkMixIn in
 CLASSES = {
     "sync": "prefork.workers.handlers.sync:SyncWorker",
     "thread": "prefork.workers.handlers.threaded:ThreadWorker",
-    "asyncio": "prefork.workers.aio:AsyncioWorker",
+    "asyncio": "prefork.workers.eventloop.asyncio_worker:AsyncioWorker",
     "wsgi": "prefork.workers.wsgi:WSGIWorker",
     "asgi": "prefork.workers.asgi:ASGIWorker",
 }

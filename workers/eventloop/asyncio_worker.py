@@ -10,11 +10,11 @@ from typing import Any
 
 import prefork.kernel.logs as logs
 import prefork.workers.client_errors as disconnect
-import prefork.workers.coroutines as coroutines
+import prefork.workers.eventloop.handlers as coroutines
 from prefork.errors import OptionError
-from prefork.workers.gate import Gate
+from prefork.workers.eventloop.base import TURN, LoopWorker, bared
+from prefork.workers.eventloop.listener_gate import Gate
 from prefork.workers.intake.acceptor import FULL, PAUSE
-from prefork.workers.loop import TURN, LoopWorker, bared
 
 log = logs.get("prefork")
 

@@ -1,0 +1,1 @@
+"""The classes with an event loop."""
