@@ -22,7 +22,7 @@ from prefork.workers.handlers.sync import SyncWorker
 
 if TYPE_CHECKING:
     from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer
-    from prefork.workers.asgi import ASGIWorker
+    from prefork.workers.asgi.worker import ASGIWorker
     from prefork.workers.eventloop.asyncio_worker import AsyncioWorker
     from prefork.workers.eventloop.handlers import AsyncDatagramRequestHandler, AsyncStreamRequestHandler
     from prefork.workers.handlers.threaded import ThreadWorker
@@ -61,7 +61,7 @@ __all__ = [
 
 # Imported when they are asked for: what they stand on costs up to 50 ms, and memory.
 _LATER = {
-    "ASGIWorker": "prefork.workers.asgi",
+    "ASGIWorker": "prefork.workers.asgi.worker",
     "AsyncDatagramRequestHandler": "prefork.workers.eventloop.handlers",
     "AsyncStreamRequestHandler": "prefork.workers.eventloop.handlers",
     "AsyncioWorker": "prefork.workers.eventloop.asyncio_worker",

@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import prefork
-from prefork.workers.site import Joining
+from prefork.workers.asgi.application import Joining
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Address, Program, dial, elapse, patterns, state, switches, until
 
@@ -35,7 +35,7 @@ TROUBLE = [patterns.TRACEBACK, patterns.FAULT, "Exception in ASGI.*", "The above
 APP = """
 import asyncio
 
-import prefork.workers.asgi
+import prefork.workers.asgi.worker
 from kit import *
 
 VERSION = "one"
@@ -155,7 +155,7 @@ three = Three()
 def make():
     return app
 
-class Plain(prefork.workers.asgi.ASGIWorker):
+class Plain(prefork.workers.asgi.worker.ASGIWorker):
     uvicorn_options = {"http": "h11", "headers": [("x-own", "yes")]}
 
     def new_loop(self):
@@ -169,7 +169,7 @@ class Hesitates(asyncio.SelectorEventLoop):
             raise ConnectionResetError("ordered trouble")
         return await super().connect_accepted_socket(protocol_factory, sock, **options)
 
-class Hesitant(prefork.workers.asgi.ASGIWorker):
+class Hesitant(prefork.workers.asgi.worker.ASGIWorker):
     def new_loop(self):
         return Hesitates()
 """

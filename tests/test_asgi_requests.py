@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from prefork.workers.protocols import LIMIT, fault_of
+from prefork.workers.asgi.protocols import LIMIT, fault_of
 from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, private_memory
 from support.web import Web
@@ -22,7 +22,7 @@ import asyncio
 import json
 
 from kit import *
-from prefork.workers.asgi import ASGIWorker
+from prefork.workers.asgi.worker import ASGIWorker
 
 async def chat(receive, send):
     await receive()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(60)
 PROGRAMS = """
 import asyncio
 from kit import *
-import prefork.workers.asgi
+import prefork.workers.asgi.worker
 from prefork.workers.eventloop.asyncio_worker import AsyncioWorker
 
 def wsgi(environ, start_response):
@@ -31,7 +31,7 @@ async def asgi(scope, receive, send):
 def new_loop(worker):
     return asyncio.SelectorEventLoop()
 
-class PlainASGI(prefork.workers.asgi.ASGIWorker):
+class PlainASGI(prefork.workers.asgi.worker.ASGIWorker):
     new_loop = new_loop
 
 class PlainAsyncio(AsyncioWorker):

@@ -17,7 +17,7 @@ PROGRAMS = """
 import asyncio
 import http.server
 from kit import *
-import prefork.workers.asgi
+import prefork.workers.asgi.worker
 
 LARGE = b"x" * 9_000_000
 
@@ -38,7 +38,7 @@ async def asgi(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
-class Plain(prefork.workers.asgi.ASGIWorker):
+class Plain(prefork.workers.asgi.worker.ASGIWorker):
     def new_loop(self):
         return asyncio.SelectorEventLoop()
 

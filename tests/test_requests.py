@@ -15,11 +15,11 @@ import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
 from prefork.errors import RequestTimeout
 from prefork.settings.settings import Options
-from prefork.workers.asgi import ASGIWorker
+from prefork.workers.asgi.application import Site
+from prefork.workers.asgi.worker import ASGIWorker
 from prefork.workers.base import Worker
 from prefork.workers.eventloop.base import LoopWorker
 from prefork.workers.lifecycle import Seat
-from prefork.workers.site import Site
 
 TIMEOUT = 30.0
 TOKEN = b"a token."

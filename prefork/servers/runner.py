@@ -42,7 +42,7 @@ CLASSES = {
     "thread": "prefork.workers.handlers.threaded:ThreadWorker",
     "asyncio": "prefork.workers.eventloop.asyncio_worker:AsyncioWorker",
     "wsgi": "prefork.workers.wsgi:WSGIWorker",
-    "asgi": "prefork.workers.asgi:ASGIWorker",
+    "asgi": "prefork.workers.asgi.worker:ASGIWorker",
 }
 ENTRY_POINTS = "prefork.workers"  # the group in which other distributions register classes under short names
 

@@ -25,7 +25,7 @@ from prefork.errors import PreforkError, RequestTimeout
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
 from prefork.settings.settings import Options
 from prefork.workers.accounting import Requests
-from prefork.workers.protocols import strict
+from prefork.workers.asgi.protocols import strict
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

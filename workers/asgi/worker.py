@@ -25,7 +25,7 @@ from prefork.workers.eventloop.listener_gate import Gate
 from prefork.workers.intake.acceptor import FULL
 
 try:
-    import prefork.workers.site as site
+    import prefork.workers.asgi.application as site
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("uvicorn"):
         raise
