@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prefork.workers.eventloop.asyncio_worker import AsyncioWorker
     from prefork.workers.eventloop.handlers import AsyncDatagramRequestHandler, AsyncStreamRequestHandler
     from prefork.workers.handlers.threaded import ThreadWorker
-    from prefork.workers.wsgi import WSGIWorker
+    from prefork.workers.wsgi.worker import WSGIWorker
 
 __version__ = "0.1.0"
 
@@ -68,7 +68,7 @@ _LATER = {
     "BufferedHTTPMixIn": "prefork.servers.http",
     "PreforkHTTPServer": "prefork.servers.http",
     "ThreadWorker": "prefork.workers.handlers.threaded",
-    "WSGIWorker": "prefork.workers.wsgi",
+    "WSGIWorker": "prefork.workers.wsgi.worker",
 }
 
 

@@ -16,10 +16,10 @@ TROUBLE = [patterns.TRACEBACK]
 
 APP = '''
 import itertools, sys
-import prefork.workers.wsgi
+import prefork.workers.wsgi.worker
 from kit import *
 
-class Impatient(prefork.workers.wsgi.WSGIWorker):
+class Impatient(prefork.workers.wsgi.worker.WSGIWorker):
     SEND_TIMEOUT = 0.2
 
 class Parts:

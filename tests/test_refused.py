@@ -12,14 +12,14 @@ from support.web import Web
 pytestmark = pytest.mark.timeout(60)
 
 APP = """
-import prefork.workers.wsgi
+import prefork.workers.wsgi.worker
 
 def app(environ, start_response):
     body = environ["wsgi.input"].read() if environ["PATH_INFO"] == "/read" else b""
     start_response("200 OK", [("X-Target", environ["PATH_INFO"])])
     return [environ["REQUEST_METHOD"].encode() + body]
 
-class Quick(prefork.workers.wsgi.WSGIWorker):
+class Quick(prefork.workers.wsgi.worker.WSGIWorker):
     HEAD_TIMEOUT = BODY_TIMEOUT = 0.2
     TICK = 0.05
     SERVER = ""

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import prefork.workers.response as response
-from prefork.workers.http import Body, Connection, Limits, Refused, Site
-from prefork.workers.response import Clock, Response
+import prefork.workers.wsgi.response as response
+from prefork.workers.wsgi.parser import Body, Connection, Limits, Refused, Site
+from prefork.workers.wsgi.response import Clock, Response
 from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, patterns, until
 from support.web import Answer, Unanswered, Web
@@ -302,7 +302,7 @@ def test_max_body(start: Start, web: Dial) -> None:
 
 QUICK = """
 import prefork
-from prefork.workers.wsgi import WSGIWorker
+from prefork.workers.wsgi.worker import WSGIWorker
 
 class Quick(WSGIWorker):
     HEAD_TIMEOUT = 0.3

@@ -146,11 +146,11 @@ def test_child_of_the_application(start: Start) -> None:
 
 
 LATE = """
-import prefork.workers.wsgi
+import prefork.workers.wsgi.worker
 from kit import *
 from webapp import app
 
-class Late(prefork.workers.wsgi.WSGIWorker):
+class Late(prefork.workers.wsgi.worker.WSGIWorker):
     def run(self):
         if self.generation == 1 and self.slot == 0:
             note("begun run")

@@ -15,8 +15,8 @@ import pytest
 from prefork.link.scoreboard import Scoreboard
 from prefork.settings.settings import Options
 from prefork.workers.lifecycle import Seat
-from prefork.workers.turns import NEVER
-from prefork.workers.wsgi import WSGIWorker
+from prefork.workers.wsgi.threads import NEVER
+from prefork.workers.wsgi.worker import WSGIWorker
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, elapse, patterns
 from support.web import Unanswered, Web
@@ -38,8 +38,8 @@ def serve(start: Start, *flags: object, app: str = "webapp:app", kind: str = "ws
 # Who idles is out of time as soon as there is a file `over`, and is noted once it was looked at.
 HASTY = """
 from kit import *
-from prefork.workers.http import IDLE
-from prefork.workers.wsgi import WSGIWorker
+from prefork.workers.wsgi.parser import IDLE
+from prefork.workers.wsgi.worker import WSGIWorker
 
 class Hasty(WSGIWorker):
     TICK = 0.02
@@ -120,7 +120,7 @@ def test_an_upload_is_whole(start: Start, notes: Notes) -> None:
 # A worker that says when it is told to leave, and gives its clients time.
 LATE = """
 from kit import *
-from prefork.workers.wsgi import WSGIWorker
+from prefork.workers.wsgi.worker import WSGIWorker
 
 class Late(WSGIWorker):
     LAST_WORD = 10.0

@@ -41,7 +41,7 @@ CLASSES = {
     "sync": "prefork.workers.handlers.sync:SyncWorker",
     "thread": "prefork.workers.handlers.threaded:ThreadWorker",
     "asyncio": "prefork.workers.eventloop.asyncio_worker:AsyncioWorker",
-    "wsgi": "prefork.workers.wsgi:WSGIWorker",
+    "wsgi": "prefork.workers.wsgi.worker:WSGIWorker",
     "asgi": "prefork.workers.asgi.worker:ASGIWorker",
 }
 ENTRY_POINTS = "prefork.workers"  # the group in which other distributions register classes under short names

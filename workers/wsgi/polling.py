@@ -22,12 +22,12 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 from prefork.kernel.originals import refuse_patched, select
 from prefork.workers.base import Worker
-from prefork.workers.http import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
 from prefork.workers.intake.acceptor import FULL, PAUSE
 from prefork.workers.intake.balance import ASIDE, THEIRS, Share
 from prefork.workers.lifecycle import Seat
-from prefork.workers.response import Clock, refusal
-from prefork.workers.turns import NEVER, Turns
+from prefork.workers.wsgi.parser import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
+from prefork.workers.wsgi.response import Clock, refusal
+from prefork.workers.wsgi.threads import NEVER, Turns
 
 log = logs.get("prefork")
 

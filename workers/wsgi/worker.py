@@ -20,10 +20,10 @@ from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, 
 from prefork.workers.lifecycle import Seat
 
 try:
-    from prefork.workers.access import AccessLog
-    from prefork.workers.http import BODY, HEAD, IDLE, READ, Body, Connection, Request, Site, server_name
-    from prefork.workers.polling import PollingWorker
-    from prefork.workers.response import FileWrapper, Gone, Response
+    from prefork.workers.wsgi.access_log import AccessLog
+    from prefork.workers.wsgi.parser import BODY, HEAD, IDLE, READ, Body, Connection, Request, Site, server_name
+    from prefork.workers.wsgi.polling import PollingWorker
+    from prefork.workers.wsgi.response import FileWrapper, Gone, Response
 except ModuleNotFoundError as error:
     if error.name != "httptools":
         raise

@@ -6,8 +6,8 @@ Each worker opens the file for itself and appends: lines of several workers do n
 import time
 
 from prefork.kernel.logs import AccessFile
-from prefork.workers.http import Connection
-from prefork.workers.response import Response
+from prefork.workers.wsgi.parser import Connection
+from prefork.workers.wsgi.response import Response
 
 _LINE = 200  # characters of a first line that was refused
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 34, 92, *range(127, 256))}

@@ -37,8 +37,8 @@ from typing import Protocol
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-from prefork.workers.http import Connection
 from prefork.workers.lifecycle import exit_code
+from prefork.workers.wsgi.parser import Connection
 
 log = logs.get("prefork")
 
