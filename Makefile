@@ -4,7 +4,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BUILD := .build/$(VERSION)
 BIN := $(BUILD)/venv/bin
 # The folders too: a module that is removed leaves nothing newer behind.
-SOURCES := pyproject.toml README.md LICENSE prefork workers $(wildcard prefork/*.py workers/*.py)
+SOURCES := pyproject.toml README.md LICENSE prefork workers $(wildcard prefork/*.py prefork/*/*.py workers/*.py workers/*/*.py)
 PIP := -m pip install --quiet --disable-pip-version-check
 # What is under test is the installed wheel: nothing may bring the checkout onto the path.
 unexport PYTHONPATH

@@ -1,6 +1,6 @@
 """prefork: any `socketserver` handler, served from a supervised pool of processes."""
 
-import prefork.kernel.import_path as imports
+import prefork.kernel.import_path as import_path
 
 # isort: split
 import importlib
@@ -75,6 +75,6 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with imports.Own():
+    with import_path.Own():
         found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
     return found

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-import prefork.kernel.host_port as addresses
-import prefork.kernel.listener as listeners
+import prefork.kernel.host_port as host_port
+import prefork.kernel.listener as listener
 from prefork.link.scoreboard import Scoreboard
 from programs2.scripts import Start, path_of_modules
 from support import Address, Program, patterns
@@ -131,10 +131,10 @@ def test_a_client_in_the_report(start: Start) -> None:
 def test_every_name_is_the_same(host: str, text: str) -> None:
     """A listener, a client on the scoreboard, and a client in the log are called alike."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    assert listeners.name(family, socket.SOCK_STREAM, (host, 80)) == f"tcp://{text}"
+    assert listener.name(family, socket.SOCK_STREAM, (host, 80)) == f"tcp://{text}"
     board = Scoreboard()
     slot = board.slot(0)
     slot.set_peer((host, 80, 0, 0))
     slot.floats[1] = 1.0
     assert board.read(0, 2.0).peer == text
-    assert addresses.of_peer((host, 80)) == text
+    assert host_port.of_peer((host, 80)) == text

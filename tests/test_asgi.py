@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import prefork
-from prefork.workers.asgi.application import Joining
+from prefork.workers.asgi.application import HeadBufferingTransport
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Address, Program, dial, elapse, patterns, state, switches, until
 
@@ -433,7 +433,7 @@ class Recorder(asyncio.Transport):
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
-LARGE = b"x" * (Joining.LARGE + 1)
+LARGE = b"x" * (HeadBufferingTransport.LARGE + 1)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_a_head_is_kept_and_nothing_overtakes_it(orders: list[tuple[Any, ...]], 
 
     async def go() -> Recorder:
         recorder = Recorder()
-        transport = Joining(asyncio.get_running_loop(), recorder, [])
+        transport = HeadBufferingTransport(asyncio.get_running_loop(), recorder, [])
         for name, *arguments in orders:
             getattr(transport, name)(*arguments)
         await asyncio.sleep(0)
@@ -470,9 +470,9 @@ def test_heads_of_several_leave_with_the_turn() -> None:
     """All heads that were written in a turn are sent at its end, and in the next turns as well."""
 
     async def go() -> list[Recorder]:
-        kept: list[Joining] = []
+        kept: list[HeadBufferingTransport] = []
         recorders = [Recorder() for _ in range(3)]
-        one, two, three = (Joining(asyncio.get_running_loop(), recorder, kept) for recorder in recorders)
+        one, two, three = (HeadBufferingTransport(asyncio.get_running_loop(), recorder, kept) for recorder in recorders)
         for _ in range(2):
             one.write(HEAD)
             one.write(b"body")
@@ -494,7 +494,7 @@ def test_a_head_outlives_a_body_that_is_none() -> None:
 
     async def go() -> Recorder:
         recorder = Recorder()
-        transport = Joining(asyncio.get_running_loop(), recorder, [])
+        transport = HeadBufferingTransport(asyncio.get_running_loop(), recorder, [])
         transport.write(HEAD)
         with pytest.raises(TypeError):
             transport.write("text")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import prefork
-import prefork.servers.runner as service
+import prefork.servers.runner as runner
 from prefork import OptionError
 from programs2.scripts import Start, launch, path_of_modules
 from support import ask, patterns
@@ -140,9 +140,9 @@ def make():
 
 def test_it_is_found_in_a_program(here: None) -> None:
     """The name is resolved to the class itself; a name of our own is not to be had by anybody else."""
-    found = service.worker_class("shouting")
+    found = runner.worker_class("shouting")
     assert found.__module__ == "shouting.worker" and issubclass(found, prefork.SyncWorker)
-    assert service.worker_class("sync") is prefork.SyncWorker
+    assert runner.worker_class("sync") is prefork.SyncWorker
     assert "prefork-shouting" in {one.name for one in importlib.metadata.distributions()}
 
 
@@ -162,7 +162,7 @@ WRONG = {
 def test_what_cannot_be_used(here: None, name: str) -> None:
     """A name that nobody registered, or that stands for no worker class, is refused with what is wrong."""
     with pytest.raises(OptionError, match=r"^worker_class: " + WRONG[name]):
-        service.worker_class(name)
+        runner.worker_class(name)
 
 
 @pytest.mark.parametrize("name", ["no-such-name", "absent", "raising", "handler"])

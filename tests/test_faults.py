@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import prefork.master.loop as master
+import prefork.master.loop as loop
 from prefork.rules.stop_sequence import Stage
 from prefork.settings.settings import Options
 from programs2.faults import begin, check_alive, soon
@@ -243,7 +243,7 @@ def test_a_trial_that_ends_during_a_stop_begins_no_reload(stage: Stage) -> None:
 
         def worker_exited(self, report: object) -> None: ...
 
-    running = master.Master([], Options({"workers": 1}), never, Hooks())
+    running = loop.Master([], Options({"workers": 1}), never, Hooks())
     trial: Any = Trial()
     running._check = trial
     running._stop(stage)

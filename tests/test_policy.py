@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prefork.rules.pacing as policy
+import prefork.rules.pacing as pacing
 from prefork.rules.pacing import Attention, Backoff, Deadlines, Reading
 
 
@@ -50,17 +50,17 @@ def test_backoff_jitter(failures: int, seed: int) -> None:
 def test_recycle_after() -> None:
     """A limit is brought forward by at most the jitter, never put off; 0 is never."""
     rng = random.Random(1)
-    drawn = {policy.recycle_after(100, 10, rng) for _ in range(1000)}
+    drawn = {pacing.recycle_after(100, 10, rng) for _ in range(1000)}
     assert drawn == set(range(90, 101))
-    assert policy.recycle_after(0, 0, rng) == 0
+    assert pacing.recycle_after(0, 0, rng) == 0
 
 
 def test_lifetime() -> None:
     """A life is shortened by at most a tenth; without a limit there is no end."""
     rng = random.Random(1)
-    drawn = [policy.lifetime(100.0, rng) or 0.0 for _ in range(1000)]
+    drawn = [pacing.lifetime(100.0, rng) or 0.0 for _ in range(1000)]
     assert 90.0 <= min(drawn) < 91.0 and 99.0 < max(drawn) <= 100.0
-    assert policy.lifetime(0.0, rng) is None
+    assert pacing.lifetime(0.0, rng) is None
 
 
 def test_attention() -> None:

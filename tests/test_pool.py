@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from prefork.rules.pool import Abort, Kill, Member, Need, News, Order, Pool, Quit, Retire, Spawn
+from prefork.rules.pool import Abort, Kill, Member, Need, Order, Pool, PoolEvent, Quit, Retire, Spawn
 from prefork.rules.states import State, Stop
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import MAX_WORKERS, Options
@@ -20,7 +20,7 @@ class Bench:
             self.look()
             self.boot(*self.pool.members)
             assert self.look() == []
-            self.pool.news.clear()
+            self.pool.events.clear()
 
     def look(self, after: float = 0.0) -> list[Order]:
         """Carry out the orders, `after` so many seconds."""
@@ -57,10 +57,10 @@ class Bench:
     def ready(self) -> list[int]:
         return [m.pid for m in self.pool.ready]
 
-    def news(self) -> list[tuple[News, int]]:
-        news = list(self.pool.news)
-        self.pool.news.clear()
-        return news
+    def events(self) -> list[tuple[PoolEvent, int]]:
+        events = list(self.pool.events)
+        self.pool.events.clear()
+        return events
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------
@@ -72,10 +72,10 @@ def test_all_start_at_once() -> None:
     assert bench.look() == [Spawn(0, 1), Spawn(1, 1), Spawn(2, 1)]
     bench.boot(1, 2)
     bench.look()
-    assert bench.news() == []
+    assert bench.events() == []
     bench.boot(3, 3)
     bench.look()
-    assert bench.news() == [(News.READY, 1)]
+    assert bench.events() == [(PoolEvent.READY, 1)]
     assert bench.look(1000.0) == [] and bench.pool.next_deadline() is None, "an idle pool never wakes up"
 
 
@@ -297,7 +297,7 @@ def test_reload() -> None:
     assert bench.look() == [Retire(2)] and bench.exit(2).reason is Reason.RELOADED
     bench.look()
     assert bench.ready == [4, 3] and not bench.pool.reloading
-    assert bench.news() == [(News.RELOAD_BEGINS, 2), (News.RELOAD_SERVES, 2)]
+    assert bench.events() == [(PoolEvent.RELOAD_BEGINS, 2), (PoolEvent.RELOAD_SERVES, 2)]
 
 
 def test_reload_with_a_surge() -> None:
@@ -321,7 +321,7 @@ def test_failed_reload(hangs: bool) -> None:
         assert bench.look(5.0) == [Abort(3)] and bench.look(Pool.DUMP) == [Kill(3)]
     bench.exit(3, crashed=not hangs)
     assert bench.look(60.0) == [] and bench.ready == [1, 2] and bench.pool.goal == 1
-    assert bench.news() == [(News.RELOAD_BEGINS, 2), (News.RELOAD_FAILED, 2)]
+    assert bench.events() == [(PoolEvent.RELOAD_BEGINS, 2), (PoolEvent.RELOAD_FAILED, 2)]
 
 
 def test_reloads_coalesce() -> None:
@@ -331,14 +331,18 @@ def test_reloads_coalesce() -> None:
         bench.pool.reload()
     assert bench.look() == [Spawn(1, 2)]
     bench.exit(2, crashed=True)
-    assert [news for news, _ in bench.news()] == [News.RELOAD_BEGINS, News.RELOAD_FAILED, News.RELOAD_BEGINS]
+    assert [events for events, _ in bench.events()] == [
+        PoolEvent.RELOAD_BEGINS,
+        PoolEvent.RELOAD_FAILED,
+        PoolEvent.RELOAD_BEGINS,
+    ]
     bench.look(1.0)
     bench.boot(bench.pid)
     assert bench.look() == [Retire(1)]
-    assert bench.news() == []  # the old worker may still accept
-    bench.pool.understood(1, bench.now)
+    assert bench.events() == []  # the old worker may still accept
+    bench.pool.acknowledged(1, bench.now)
     bench.look()
-    assert bench.news() == [(News.RELOAD_SERVES, 3)]
+    assert bench.events() == [(PoolEvent.RELOAD_SERVES, 3)]
 
 
 def test_a_reload_that_follows_begins_in_the_same_look() -> None:
@@ -349,7 +353,7 @@ def test_a_reload_that_follows_begins_in_the_same_look() -> None:
     bench.look()
     bench.boot(2)
     assert bench.look() == [Retire(1)]
-    bench.pool.understood(1, bench.now)
+    bench.pool.acknowledged(1, bench.now)
     assert bench.look() == [Spawn(2, 3)] and bench.look() == []
 
 
@@ -404,9 +408,9 @@ def test_reload_while_workers_wear_out() -> None:
     bench.boot(2)
     bench.pool.wear_out(2)
     bench.look()
-    bench.pool.understood(1, bench.now)
+    bench.pool.acknowledged(1, bench.now)
     bench.look()
-    assert bench.news()[-1] == (News.RELOAD_SERVES, 2)
+    assert bench.events()[-1] == (PoolEvent.RELOAD_SERVES, 2)
 
 
 # -- recycling --------------------------------------------------------------------------------------------------------
@@ -443,7 +447,7 @@ def test_orders_are_repeated_until_understood() -> None:
         gaps.append(bench.wait())
         assert bench.look() == [Retire(2)] and bench.look() == []
     assert gaps == [0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5]
-    bench.pool.understood(2, bench.now)
+    bench.pool.acknowledged(2, bench.now)
     assert bench.wait() > 20.0
 
 
@@ -463,7 +467,7 @@ def test_settings_belong_to_a_generation() -> None:
     bench.look()
     bench.boot(*bench.pool.members)
     retired = [order.pid for order in bench.look() if isinstance(order, Retire)]
-    bench.pool.understood(retired[0], bench.now)
+    bench.pool.acknowledged(retired[0], bench.now)
     assert bench.pool.members[retired[0]].kill_at == bench.now + 7.0, "the old one's graceful_timeout"
 
 
@@ -514,7 +518,7 @@ def test_graceful_timeout(heard: bool) -> None:
     bench.pool.resize(1)
     bench.look()
     if heard:
-        bench.pool.understood(2, bench.now)
+        bench.pool.acknowledged(2, bench.now)
     assert bench.look(4.999) == ([] if heard else [Retire(2)])
     assert bench.look(0.001) == [Abort(2)] and bench.look(Pool.DUMP) == [Kill(2)]
     assert bench.look(Pool.AGAIN - 0.01) == [] and bench.look(0.01) == [Kill(2)] and bench.look() == []
@@ -532,7 +536,7 @@ def test_condemned() -> None:
     """A worker that hangs shows its stacks, is killed, and replaced at once; a late answer does not save it."""
     bench = Bench(1)
     bench.pool.condemn(1, Reason.REQUEST_TIMEOUT, bench.now)
-    bench.pool.understood(1, bench.now)
+    bench.pool.acknowledged(1, bench.now)
     assert bench.look() == [Abort(1), Spawn(1, 1)]
     bench.pool.condemn(1, Reason.REQUEST_TIMEOUT, bench.now)
     assert bench.look(Pool.DUMP) == [Kill(1)] and bench.exit(1).reason is Reason.REQUEST_TIMEOUT
@@ -544,7 +548,7 @@ def test_condemned_while_it_leaves() -> None:
     bench.pool.stop(Stop.FAST, bench.now)
     bench.look()
     bench.pool.condemn(1, Reason.REQUEST_TIMEOUT, bench.now)
-    bench.pool.understood(1, bench.now)
+    bench.pool.acknowledged(1, bench.now)
     assert bench.look() == [Kill(1)]
 
 
@@ -566,7 +570,7 @@ def test_messages_of_strangers() -> None:
         bench.boot(pid)
         bench.pool.wear_out(pid)
         bench.pool.leaves(pid, bench.now)
-        bench.pool.understood(pid, bench.now)
+        bench.pool.acknowledged(pid, bench.now)
         bench.pool.condemn(pid, Reason.REQUEST_TIMEOUT, bench.now)
     assert bench.look() == [] and bench.ready == [1]
 
@@ -576,7 +580,7 @@ def test_grant() -> None:
     bench = Bench(2, boot_timeout=5.0, graceful_timeout=5.0)
     bench.pool.resize(1)
     bench.look()
-    bench.pool.understood(2, bench.now)
+    bench.pool.acknowledged(2, bench.now)
     bench.pool.resize(2)
     bench.look()
     bench.pool.grant(100.0)
@@ -601,7 +605,7 @@ def test_fast_stop() -> None:
     bench = Bench(2)
     bench.pool.stop(Stop.FAST, bench.now)
     assert bench.look() == [Quit(1), Quit(2)]
-    bench.pool.understood(2, bench.now)
+    bench.pool.acknowledged(2, bench.now)
     assert bench.look(Pool.UNHEARD) == [Kill(1)]
     bench.exit(1)
     assert bench.look(Pool.TEARDOWN - Pool.UNHEARD) == [Kill(2)]
@@ -620,7 +624,7 @@ def test_stops_only_rise() -> None:
     ]:
         bench.pool.stop(how, bench.now)
         assert bench.look() == orders
-        bench.pool.understood(1, bench.now)
+        bench.pool.acknowledged(1, bench.now)
 
 
 def test_a_stop_ends_a_reload() -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from prefork.rules.pool import Abort, Kill, News, Order, Pool, Quit, Retire, Spawn
+from prefork.rules.pool import Abort, Kill, Order, Pool, PoolEvent, Quit, Retire, Spawn
 from prefork.rules.states import State, Stop
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import Options
@@ -51,7 +51,7 @@ class Process:
     told: type[Order] | None = None  # the last order it was sent
     killed_at: float = 0.0
     signal_at: float = 0.0
-    understood: bool = False
+    acknowledged: bool = False
 
 
 class World:
@@ -102,9 +102,9 @@ class World:
             assert member.generation in (self.pool.generation, *self.proven)
 
     def understand(self, pid: int) -> None:
-        self.pool.understood(pid, self.now)
+        self.pool.acknowledged(pid, self.now)
         if pid in self.processes and self.processes[pid].told is not None:
-            self.processes[pid].understood = True
+            self.processes[pid].acknowledged = True
 
     def leave(self, pid: int, reason: Reason = Reason.LEFT) -> None:
         """A worker says that it leaves, told to by somebody else or for a reason of its own."""
@@ -114,7 +114,7 @@ class World:
         assert not serving or before is None or before.reason is reason, "the reason is not the one that was told"
         if process := self.processes.get(pid):
             process.told_at = self.now if process.told_at is None else process.told_at
-            process.understood |= process.told is not Quit
+            process.acknowledged |= process.told is not Quit
 
     def wear(self, pid: int) -> None:
         self.pool.wear_out(pid)
@@ -182,8 +182,8 @@ class World:
         overdue = not process.was_ready and self.now >= process.born + options.boot_timeout
         if isinstance(order, Retire | Quit):
             assert isinstance(order, Quit) == (stopping is Stop.FAST)
-            process.understood &= process.told is Quit or isinstance(order, Retire)
-            assert not process.understood, "an order that was understood is repeated"
+            process.acknowledged &= process.told is Quit or isinstance(order, Retire)
+            assert not process.acknowledged, "an order that was understood is repeated"
             if process.told is type(order):
                 assert self.now - process.signal_at > Pool.SIGNAL_GAP - 1e-6, "orders come in a storm"
             process.signal_at = self.now
@@ -229,14 +229,14 @@ class World:
         unproven = [m for m in members.values() if m.generation not in self.proven and m.generation > 1]
         assert len(unproven) <= 1, "more than one worker of an unproven generation"
         assert not self.proven or pool.generation in self.proven
-        for news, generation in pool.news:
-            if news is News.RELOAD_BEGINS:
+        for events, generation in pool.events:
+            if events is PoolEvent.RELOAD_BEGINS:
                 assert self.under_way is None
                 self.under_way = generation
-            elif news in (News.RELOAD_FAILED, News.RELOAD_SERVES):
+            elif events in (PoolEvent.RELOAD_FAILED, PoolEvent.RELOAD_SERVES):
                 assert generation == self.under_way, "a reload ends once, and after it began"
                 self.under_way = None
-        pool.news.clear()
+        pool.events.clear()
         if pool.stopping is not Stop.NO:
             assert not serving
             return
@@ -254,7 +254,7 @@ class World:
         return (
             len(pool.members) == pool.size
             and not pool.reloading
-            and all((m.state, m.worn, m.generation) == wanted for m in pool.members.values())
+            and all((m.state, m.recycle_requested, m.generation) == wanted for m in pool.members.values())
         )
 
     # -- a kernel without faults --------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ class Model(RuleBasedStateMachine):
         self.world.look()
 
     @rule(which=which, look=look)
-    def understood(self, which: int, look: bool) -> None:
+    def acknowledged(self, which: int, look: bool) -> None:
         self.world.understand(self.pid(which))
         self.done(look)
 

@@ -230,7 +230,7 @@ def test_fork_beside_threads() -> None:
 
 
 def test_no_fork_comes_between() -> None:
-    """While descriptors are made in `undivided()`, no fork of another thread happens."""
+    """While descriptors are made in `fork_lock()`, no fork of another thread happens."""
     forked = threading.Event()
     children: list[processes.Child] = []
 
@@ -238,7 +238,7 @@ def test_no_fork_comes_between() -> None:
         children.append(processes.Child(processes.fork(lambda unblock: 0)))
         forked.set()
 
-    with processes.undivided():
+    with processes.fork_lock():
         thread = threading.Thread(target=fork)
         thread.start()
         assert not forked.wait(0.1)

@@ -15,11 +15,11 @@ import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
 from prefork.errors import RequestTimeout
 from prefork.settings.settings import Options
-from prefork.workers.asgi.application import Site
+from prefork.workers.asgi.application import ASGIApplication
 from prefork.workers.asgi.worker import ASGIWorker
 from prefork.workers.base import Worker
 from prefork.workers.eventloop.base import LoopWorker
-from prefork.workers.lifecycle import Seat
+from prefork.workers.lifecycle import WorkerContext
 
 TIMEOUT = 30.0
 TOKEN = b"a token."
@@ -33,7 +33,9 @@ class Bench:
         self.uplink, write = os.pipe()
         self.server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         options = Options({"workers": 1, "request_timeout": TIMEOUT, **values})
-        self.worker = kind([self.server], Seat(0, 1, options, self.board.slot(0), -1, write, TOKEN, True, "", 1))
+        self.worker = kind(
+            [self.server], WorkerContext(0, 1, options, self.board.slot(0), -1, write, TOKEN, True, "", 1)
+        )
         self.worker._ready = True
         self.fds = [self.uplink, write]
 
@@ -118,7 +120,7 @@ def test_in_a_loop() -> None:
     third.end()
     assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
     assert bench.idle and bench.requests == 3 and not bench.worker._requests.open
-    assert lifeline.WORN in bench.said()
+    assert lifeline.RECYCLE in bench.said()
     bench.close()
 
 
@@ -130,7 +132,7 @@ def test_in_an_asgi_application() -> None:
         if scope["type"] == "http":
             await scope["until"].wait()
 
-    async def begin(site: Site, port: int) -> tuple[asyncio.Task[Any], asyncio.Event]:
+    async def begin(site: ASGIApplication, port: int) -> tuple[asyncio.Task[Any], asyncio.Event]:
         until = asyncio.Event()
         scope = {"type": "http", "client": client(port), "until": until}
         task = asyncio.create_task(site.config.loaded_app(scope, None, None))
@@ -143,7 +145,7 @@ def test_in_an_asgi_application() -> None:
 
     async def main() -> None:
         assert isinstance(bench.worker, ASGIWorker)
-        site = Site(app, bench.worker, {})
+        site = ASGIApplication(app, bench.worker, {})
         first, second, third = await begin(site, 1), await begin(site, 2), await begin(site, 3)
         assert bench.peer == "10.0.0.1:1" and bench.due_in is None
         await end(second)
@@ -157,7 +159,7 @@ def test_in_an_asgi_application() -> None:
             await third[0]
         assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
         assert bench.idle and bench.requests == 3
-        assert lifeline.WORN in bench.said()
+        assert lifeline.RECYCLE in bench.said()
         spent = bench.board.read(0, monotonic()).busy_time
         alone = await begin(site, 4)
         assert bench.peer == "10.0.0.1:4" and bench.requests == 3
@@ -232,7 +234,7 @@ def test_the_earliest_deadline_counts(bench: Bench) -> None:
     assert near(bench.due_in, 200), "what is over has no deadline"
     plain.end()
     assert bench.due_in is None and bench.peer == "10.0.0.1:2"
-    assert not bench.worker._requests.due and not bench.worker._requests.odd
+    assert not bench.worker._requests.default_deadlines and not bench.worker._requests.custom_deadlines
 
 
 def test_extending_is_for_the_request_in_hand(bench: Bench) -> None:
@@ -302,7 +304,7 @@ class Loop:
     """A loop that keeps the accounts of one request at a time by itself, in this thread."""
 
     def __init__(self, bench: Bench) -> None:
-        self.ints, self.floats = bench.worker._requests.lend()
+        self.ints, self.floats = bench.worker._requests.enter_fast_path()
         self.board = bench.worker._board
 
     def begin(self, seconds: float = 0.0, start: float = 1.0) -> None:
@@ -345,12 +347,12 @@ def test_within_the_request_of_a_loop(bench: Bench, loop: Loop) -> None:
         loop.count(8)
     with pytest.raises(ValueError, match="released"):
         loop.begin()
-    requests.lone.end()
+    requests.fast_path_request.end()
     assert bench.peer == "10.0.0.1:3" and near(bench.due_in, TIMEOUT) and bench.requests == 9
     later.end()
-    requests.lone.end()
+    requests.fast_path_request.end()
     assert bench.idle and bench.requests == 10
-    assert requests.spent >= 3.5 and not (requests.open or requests.due or requests.odd)
+    assert requests.spent >= 3.5 and not (requests.open or requests.default_deadlines or requests.custom_deadlines)
 
 
 def test_beside_the_request_of_a_loop(bench: Bench, loop: Loop) -> None:
@@ -375,10 +377,10 @@ def test_within_what_has_no_deadline(bench: Bench, loop: Loop, timeout: float) -
     loop.begin()
     with bench.worker.serving(client(2), timeout=timeout):
         assert near(bench.due_in, timeout) if timeout else bench.due_in is None
-        bench.worker._requests.lone.extend_deadline(5)
+        bench.worker._requests.fast_path_request.extend_deadline(5)
     bench.worker.extend_deadline(5)
     assert bench.due_in is None and bench.peer == "10.0.0.1:1"
-    bench.worker._requests.lone.end()
+    bench.worker._requests.fast_path_request.end()
     assert bench.idle and bench.requests == 2
 
 
@@ -389,7 +391,7 @@ def test_while_a_loop_is_idle(bench: Bench, loop: Loop) -> None:
     assert bench.idle
     with bench.worker.serving(client(2)):
         assert bench.peer == "10.0.0.1:2"
-        bench.worker._requests.lone.end()
+        bench.worker._requests.fast_path_request.end()
         assert bench.peer == "10.0.0.1:2" and near(bench.due_in, TIMEOUT)
     assert bench.idle and bench.requests == 5 and not bench.worker._requests.open
 
@@ -401,7 +403,7 @@ def test_disowning_a_loop(bench: Bench, loop: Loop) -> None:
     worker._requests.disown(scoreboard.Slot.detached())
     with pytest.raises(ValueError, match="released"):
         loop.count(1)
-    worker._requests.lone.end()
+    worker._requests.fast_path_request.end()
     with worker.serving(client(2)):
         pass
     assert worker._requests.count == 2
@@ -429,7 +431,7 @@ def test_interrupts_of_what_is_around(bench: Bench) -> None:
                 raised += 1
             else:
                 pytest.fail(f"the {number}th request was not interrupted")
-            assert not worker._requests.open and not worker._requests.odd
+            assert not worker._requests.open and not worker._requests.custom_deadlines
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import prefork.link.scoreboard as scoreboard
-import prefork.workers.eventloop.listener_gate as gate
+import prefork.workers.eventloop.listener_gate as listener_gate
 from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
 from prefork.workers.intake.acceptor import Acceptor
-from prefork.workers.intake.balance import NOBODYS, OURS, PATIENCE, THEIRS, Share
+from prefork.workers.intake.balance import EMPTY, PATIENCE, TAKE, YIELD, ConnectionBalancer
 from programs2.scripts import Start, path_of_modules
 from support import Address, dial, elapse
 from support.web import Web
@@ -169,8 +169,8 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
     with ExitStack() as stack:
         stack.callback(server.server_close)
         fd = server.fileno()
-        share = Share([fd], [server], Accounts(mine))
-        assert share.queued(fd) == 0 and share.whose(fd, 2, single=True) == NOBODYS
+        share = ConnectionBalancer([fd], [server], Accounts(mine))
+        assert share.queued(fd) == 0 and share.whose(fd, 2, single=True) == EMPTY
         for _ in range(3):
             stack.enter_context(dial(address))
         poll = select.poll()
@@ -180,17 +180,17 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
         stack.enter_context(server.get_request()[0])
         assert share.queued(fd) == (2 if kind == "tcp" else 1)
         for _ in range(3):
-            assert share.whose(fd, 2, single=True) == THEIRS
+            assert share.whose(fd, 2, single=True) == YIELD
         assert mine.ints[scoreboard.HELD] == 2
         share._since[fd] -= PATIENCE
-        assert share.whose(fd, 2, single=True) == OURS
+        assert share.whose(fd, 2, single=True) == TAKE
         share._since[fd] -= PATIENCE
-        assert share.whose(fd, 2, single=True) == THEIRS
+        assert share.whose(fd, 2, single=True) == YIELD
         other.floats[scoreboard.BUSY_SINCE] = 1.0
-        assert share.whose(fd, 2, single=True) == OURS
+        assert share.whose(fd, 2, single=True) == TAKE
         for _ in range(2):
             stack.enter_context(server.get_request()[0])
-        assert share.whose(fd, 2, single=True) == NOBODYS
+        assert share.whose(fd, 2, single=True) == EMPTY
 
 
 def test_each_queue_is_left_for_itself() -> None:
@@ -202,14 +202,14 @@ def test_each_queue_is_left_for_itself() -> None:
             server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
             stack.callback(server.server_close)
             servers[server.fileno()] = server
-        share = Share([*servers], [*servers.values()], Accounts(mine))
+        share = ConnectionBalancer([*servers], [*servers.values()], Accounts(mine))
         one, other = servers
         for _ in range(2):
             stack.enter_context(dial(Address("tcp", *servers[one].server_address)))
-        assert share.whose(one, 2, single=False) == THEIRS
+        assert share.whose(one, 2, single=False) == YIELD
         share._since[one] -= PATIENCE
-        assert share.whose(other, 2, single=False) == NOBODYS
-        assert share.whose(one, 2, single=False) == OURS
+        assert share.whose(other, 2, single=False) == EMPTY
+        assert share.whose(one, 2, single=False) == TAKE
 
 
 # -- in an event loop ------------------------------------------------------------------------------
@@ -237,9 +237,9 @@ class Loop:
         self.cells = mine.ints
         self.acceptor = Acceptor(Taker(), [server], mine)
         stack.callback(os.close, self.acceptor._null)
-        share = Share(self.acceptor.fds, [server], Accounts(mine))
+        share = ConnectionBalancer(self.acceptor.fds, [server], Accounts(mine))
         loop = asyncio.get_running_loop()
-        self.gate = gate.Gate(loop, self.acceptor, share, self._take, lambda: self.held, LIMIT)
+        self.gate = listener_gate.ListenerGate(loop, self.acceptor, share, self._take, lambda: self.held, LIMIT)
         stack.callback(self.gate.discard)
 
     def dial(self, number: int) -> None:
@@ -281,7 +281,7 @@ def in_loop(main: Callable[[Loop], Coroutine[Any, Any, None]], kept: int = 0) ->
 def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     """A worker that left a queue to its siblings takes from it as soon as it has ended what it took, before it looks;
     also if it has others that stay."""
-    monkeypatch.setattr(gate, "ASIDE", 60.0)
+    monkeypatch.setattr(listener_gate, "ASIDE", 60.0)
 
     async def main(it: Loop) -> None:
         it.dial(2)
@@ -298,8 +298,8 @@ def test_who_has_fewer_comes_back_at_once(monkeypatch: pytest.MonkeyPatch, kept:
 def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     """Where as many have ended as were taken, the next batch shares nothing out, whatever else stays; but if that was
     long ago."""
-    monkeypatch.setattr(gate, "ASIDE", 0.0)
-    monkeypatch.setattr(gate, "PATIENCE", 60.0)
+    monkeypatch.setattr(listener_gate, "ASIDE", 0.0)
+    monkeypatch.setattr(listener_gate, "PATIENCE", 60.0)
 
     async def main(it: Loop) -> None:
         it.dial(2)
@@ -318,7 +318,7 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, k
         it.end(it.held - kept)
         while await it.taken():
             it.end(it.held - kept)
-        monkeypatch.setattr(gate, "PATIENCE", 0.0)
+        monkeypatch.setattr(listener_gate, "PATIENCE", 0.0)
         it.dial(2)
         assert await it.taken() == 1, "it is long since the last"
 
@@ -327,7 +327,7 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, k
 
 def test_siblings_know_what_a_worker_at_its_limit_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last connection that there was room for is told as those before."""
-    monkeypatch.setattr(gate, "ASIDE", 0.0)
+    monkeypatch.setattr(listener_gate, "ASIDE", 0.0)
 
     async def main(it: Loop) -> None:
         it.gate.watch()

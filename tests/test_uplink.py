@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import prefork.link.lifeline as lifeline
 
 TOKEN = b"8 bytes."
-KINDS = (lifeline.READY, lifeline.LEAVES, lifeline.WORN, lifeline.STOP, lifeline.STUCK, lifeline.EXITS)
+KINDS = (lifeline.READY, lifeline.LEAVES, lifeline.RECYCLE, lifeline.STOP, lifeline.STUCK, lifeline.EXITS)
 
 
 @pytest.fixture
@@ -110,15 +110,15 @@ def test_a_full_pipe_drops(pipe: tuple[int, int]) -> None:
     with pytest.raises(BlockingIOError):
         while True:
             os.write(writer, b"x" * 4096)
-    lifeline.Uplink(writer, TOKEN).say(lifeline.WORN, "why")
+    lifeline.Uplink(writer, TOKEN).say(lifeline.RECYCLE, "why")
     link = lifeline.Downlink(reader, TOKEN)
     assert link.read() == ({}, False)
 
 
 def test_long_reasons_are_cut() -> None:
     """A reason is told in 255 bytes at most, and a broken character at its end harms nothing."""
-    messages, _ = heard(written((lifeline.WORN, "ü" * 300)))
-    assert messages == {lifeline.WORN: "ü" * 127 + "�"}
+    messages, _ = heard(written((lifeline.RECYCLE, "ü" * 300)))
+    assert messages == {lifeline.RECYCLE: "ü" * 127 + "�"}
 
 
 def test_a_read_that_is_refused_loses_nothing() -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prefork.workers.wsgi.response as response
-from prefork.workers.wsgi.parser import Body, Connection, Limits, Refused, Site
+from prefork.workers.wsgi.parser import Body, Connection, Limits, ListenerContext, Refused
 from prefork.workers.wsgi.response import Clock, Response
 from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, patterns, until
@@ -90,8 +90,8 @@ class Desk:
         self.clock, self.draining = Clock(""), False
 
 
-def site(max_body: int = 0) -> Site:
-    return Site(lambda *_: [], {"SCRIPT_NAME": ""}, Bounds(), max_body, 10, Response.maker(Desk()))
+def site(max_body: int = 0) -> ListenerContext:
+    return ListenerContext(lambda *_: [], {"SCRIPT_NAME": ""}, Bounds(), max_body, 10, Response.maker(Desk()))
 
 
 def connection(max_body: int = 0) -> Connection:

@@ -359,7 +359,8 @@ def test_several_addresses(start: Start) -> None:
 def complaint(tmp_path: Path, text: str, *flags: str, isolate: str = "pass") -> str:
     """The last line of a command that must fail."""
     (tmp_path / "app.py").write_text(text)
-    code = f"import sys; {isolate}; sys.argv = ['prefork', *sys.argv[1:]]; from prefork.command.cli import main; sys.exit(main())"
+    run = "from prefork.command.cli import main; sys.exit(main())"
+    code = f"import sys; {isolate}; sys.argv = ['prefork', *sys.argv[1:]]; {run}"
     done = subprocess.run(
         [sys.executable, "-c", code, "app:app", "--worker-class", "wsgi", *flags],
         cwd=tmp_path,

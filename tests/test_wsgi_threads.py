@@ -14,7 +14,7 @@ import pytest
 
 from prefork.link.scoreboard import Scoreboard
 from prefork.settings.settings import Options
-from prefork.workers.lifecycle import Seat
+from prefork.workers.lifecycle import WorkerContext
 from prefork.workers.wsgi.threads import NEVER
 from prefork.workers.wsgi.worker import WSGIWorker
 from programs2.scripts import Notes, Start, launch, noted, path_of_modules
@@ -227,7 +227,9 @@ def worker() -> Iterator[WSGIWorker]:
     uplink = os.pipe()
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
         options = Options({"workers": 1, "threads": 2})
-        one = WSGIWorker([server], Seat(0, 1, options, Scoreboard().slot(0), -1, uplink[1], b"a token.", True, "", 1))
+        one = WSGIWorker(
+            [server], WorkerContext(0, 1, options, Scoreboard().slot(0), -1, uplink[1], b"a token.", True, "", 1)
+        )
         yield one
     for fd in (*uplink, one._wake_read, one._wake_write):
         os.close(fd)

@@ -4,11 +4,11 @@ is the oldest, which deadline is the earliest.
 At any moment one of two owns the cells BUSY_SINCE, DEADLINE, REQUESTS and BUSY_TIME:
 
 - The hottest loops, of `sync` and of `wsgi` with one thread, have one request at a time and store what they know of it
-  by themselves, through views that are lent to them: `lend()`.
+  by themselves, through views that are lent to them: `enter_fast_path()`.
 - As soon as anything else is in hand, be it within that request or in another thread, `Requests` owns them, for good.
   The views are released, so that the loop learns of it, whatever it was doing, by the ValueError of its next store, and
-  pays nothing for asking; what it had in hand is a request like others by then, `lone`. So it is in a process that the
-  program forks, whose cells nobody reads.
+  pays nothing for asking; what it had in hand is a request like others by then, `fast_path_request`. So it is in a
+  process that the program forks, whose cells nobody reads.
 
 A request within another ends before it, as a rule, and the other goes on as before. Which of them a thread, task or
 greenlet works on, and what that is within, is in the context variable `current` and in `outer`.
@@ -35,10 +35,10 @@ class Request:
     it between them. `deadline` is in seconds on the monotonic clock, 0.0 where there is none.
     """
 
-    __slots__ = ("_among", "deadline", "late", "outer", "peer", "start", "thread", "timeout")
+    __slots__ = ("_registry", "deadline", "late", "outer", "peer", "start", "thread", "timeout")
 
-    def __init__(self, among: "Requests", peer: object, timeout: float = 0.0) -> None:
-        self._among, self.peer, self.timeout, self.deadline = among, peer, timeout, 0.0
+    def __init__(self, registry: "Requests", peer: object, timeout: float = 0.0) -> None:
+        self._registry, self.peer, self.timeout, self.deadline = registry, peer, timeout, 0.0
         self.outer: Request | None = None  # what the thread or task had in hand when it entered this
         self.thread = 0  # begins or ends, or is over
         self.late = False  # nobody waits for it any more
@@ -48,9 +48,9 @@ class Request:
         self.outer = outer = in_hand(current.get())
         current.set(self)
         self.thread = get_ident()  # last: before this nothing is raised for it
-        if outer is not None and self._among.missed:
+        if outer is not None and self._registry.missed:
             try:
-                self._among.catch_up()
+                self._registry.catch_up()
             except BaseException:
                 self.end()
                 raise
@@ -58,26 +58,26 @@ class Request:
 
     def begin(self) -> "Request":
         """It is in hand from here on, and its deadline runs."""
-        among = self._among
-        if among.lent is not None:
-            among.recall()
+        registry = self._registry
+        if registry.fast_path_cells is not None:
+            registry.leave_fast_path()
         self.start = start = monotonic()
-        among.lock.acquire()  # with try and finally, 37 ns less than `with`
+        registry.lock.acquire()  # with try and finally, 37 ns less than `with`
         try:
-            among.open[self] = None
+            registry.open[self] = None
             if timeout := self.timeout:
                 self.deadline = deadline = start + timeout
-                (among.due if timeout == among.timeout else among.odd)[self] = None
-                floats = among.board.floats
+                (registry.default_deadlines if timeout == registry.timeout else registry.custom_deadlines)[self] = None
+                floats = registry.board.floats
                 if not 0.0 < floats[scoreboard.DEADLINE] <= deadline:
                     floats[scoreboard.DEADLINE] = deadline
-            if among.shown is None:
-                among.shown = self
-                board = among.board
+            if registry.published is None:
+                registry.published = self
+                board = registry.board
                 board.floats[scoreboard.BUSY_SINCE] = start
                 board.set_peer(self.peer)
         finally:
-            among.lock.release()
+            registry.lock.release()
         self.thread = NOBODY
         return self
 
@@ -95,47 +95,49 @@ class Request:
         # Before anything is called, in which a signal could be looked at: no RequestTimeout is raised for it any more.
         self.thread = 0
         end = monotonic()
-        among = self._among
-        among.lock.acquire()
+        registry = self._registry
+        registry.lock.acquire()
         try:
-            open = among.open
+            open = registry.open
             if self not in open:
                 return
             del open[self]
-            ints, floats = among.board.ints, among.board.floats
+            ints, floats = registry.board.ints, registry.board.floats
             if deadline := self.deadline:
-                (among.due if self.timeout == among.timeout else among.odd).pop(self, None)
+                (registry.default_deadlines if self.timeout == registry.timeout else registry.custom_deadlines).pop(
+                    self, None
+                )
                 if not open:
                     floats[scoreboard.DEADLINE] = 0.0
                 elif deadline == floats[scoreboard.DEADLINE]:
-                    floats[scoreboard.DEADLINE] = among.earliest()
-            among.count = count = among.count + 1
-            among.spent = spent = among.spent + end - self.start
+                    floats[scoreboard.DEADLINE] = registry.earliest()
+            registry.count = count = registry.count + 1
+            registry.spent = spent = registry.spent + end - self.start
             ints[scoreboard.REQUESTS] = count
             floats[scoreboard.BUSY_TIME] = spent
-            if among.shown is self:
+            if registry.published is self:
                 if open:
-                    among.show_oldest()
+                    registry.show_oldest()
                 else:
-                    among.shown = None
+                    registry.published = None
                     floats[scoreboard.BUSY_SINCE] = 0.0
-            if among.finishing:
-                among.changed.notify_all()
+            if registry.finishing:
+                registry.changed.notify_all()
         finally:
-            among.lock.release()
-        if count >= among.limit:
-            among.look(count, end)
+            registry.lock.release()
+        if count >= registry.limit:
+            registry.look(count, end)
         if self.outer is not None:
             self.outer = in_hand(self.outer)  # or those of an endless row, each begun in the one before, would stay
-            if among.missed:
-                among.catch_up()
+            if registry.missed:
+                registry.catch_up()
 
     __exit__ = end
 
     def extend_deadline(self, seconds: float) -> None:
         """Give it `seconds` from now. Where it has no deadline there is nothing to extend."""
         if self.deadline:
-            self._among.move(self, monotonic() + seconds)
+            self._registry.move(self, monotonic() + seconds)
 
 
 class FreeRequest(Request):
@@ -151,12 +153,12 @@ class FreeRequest(Request):
     __init__ = object.__init__
 
     def begin(self) -> "FreeRequest":
-        among = self._among
+        registry = self._registry
         self.start = start = monotonic()
-        among.open[self] = None
-        if among.shown is None:
-            among.shown = self
-            board = among.board
+        registry.open[self] = None
+        if registry.published is None:
+            registry.published = self
+            board = registry.board
             board.floats[BUSY_SINCE] = start
             board.set_peer(self.peer)
         return self
@@ -164,26 +166,26 @@ class FreeRequest(Request):
     __enter__ = begin
 
     def end(self, kind: object = None, error: object = None, trace: object = None) -> None:
-        among, end = self._among, monotonic()
-        open = among.open
+        registry, end = self._registry, monotonic()
+        open = registry.open
         try:
             del open[self]
         except KeyError:
             return
-        among.count = count = among.count + 1
-        among.spent = spent = among.spent + end - self.start
-        board = among.board
+        registry.count = count = registry.count + 1
+        registry.spent = spent = registry.spent + end - self.start
+        board = registry.board
         floats = board.floats
         board.ints[REQUESTS] = count
         floats[BUSY_TIME] = spent
-        if among.shown is self:
+        if registry.published is self:
             if open:
-                among.show_oldest()
+                registry.show_oldest()
             else:
-                among.shown = None
+                registry.published = None
                 floats[BUSY_SINCE] = 0.0
-        if count >= among.limit:
-            among.look(count, end)
+        if count >= registry.limit:
+            registry.look(count, end)
 
     __exit__ = end
 
@@ -229,12 +231,12 @@ class Requests:
         # Oldest first; of those, which have a deadline in the order in which they came, and which have one out of it;
         # and what the scoreboard shows, which is not in `open` where it needs no object (the class `asgi`).
         self.open: dict[Request, None] = {}
-        self.due: dict[Request, None] = {}
-        self.odd: dict[Request, None] = {}
-        self.shown: object = None
+        self.default_deadlines: dict[Request, None] = {}
+        self.custom_deadlines: dict[Request, None] = {}
+        self.published: object = None
         self.finishing = False
         self.missed = False  # whether there was such an interrupt
-        self.lent: Cells | None = None
+        self.fast_path_cells: Cells | None = None
         self.board = board
         self._make_lock()
 
@@ -246,46 +248,46 @@ class Requests:
     def free(self, peer: object) -> FreeRequest:
         """One that takes no lock, still to begin."""
         one: FreeRequest = FreeRequest()
-        one._among, one.peer = self, peer
+        one._registry, one.peer = self, peer
         return one
 
     def disown(self, board: scoreboard.Slot) -> None:
         """In the child of a fork: write to this slot. Another thread, which is not there, may have held the lock."""
         self._make_lock()
-        self.recall()
+        self.leave_fast_path()
         self.board = board
 
-    def lend(self) -> Cells:
+    def enter_fast_path(self) -> Cells:
         """The integers and the floats of the slot, for a loop of the calling thread that has one request at a time."""
-        self.lone = Request(self, "")
-        current.set(self.lone)
-        self.lent = self.board.ints[:], self.board.floats[:]
+        self.fast_path_request = Request(self, "")
+        current.set(self.fast_path_request)
+        self.fast_path_cells = self.board.ints[:], self.board.floats[:]
         self._borrower = get_ident()
-        return self.lent
+        return self.fast_path_cells
 
-    def recall(self) -> None:
+    def leave_fast_path(self) -> None:
         """Take over from such a loop, at any point of it: what it has counted, and what it has in hand."""
         with self.lock:
-            if self.lent is None:
+            if self.fast_path_cells is None:
                 return
-            for cells in self.lent:
+            for cells in self.fast_path_cells:
                 cells.release()
-            self.lent = None
-            ints, floats, one = self.board.ints, self.board.floats, self.lone
+            self.fast_path_cells = None
+            ints, floats, one = self.board.ints, self.board.floats, self.fast_path_request
             self.count, self.spent = ints[REQUESTS], floats[BUSY_TIME]
             one.start, one.deadline = floats[BUSY_SINCE], floats[scoreboard.DEADLINE]
             if one.start:
                 self.open[one] = None
-                self.shown = one
+                self.published = one
                 if one.deadline:
-                    self.odd[one] = None
+                    self.custom_deadlines[one] = None
                 one.thread = self._borrower
 
     def mine(self) -> Iterator[Request]:
         """What the running thread, task or greenlet works on, and what that is within."""
         one = in_hand(current.get())
         while one is not None:
-            if one._among is self:  # or it is of the worker in one of whose handlers this one was forked
+            if one._registry is self:  # or it is of the worker in one of whose handlers this one was forked
                 yield one
             one = in_hand(one.outer)
 
@@ -297,21 +299,21 @@ class Requests:
         deadline, floats = monotonic() + seconds, self.board.floats
         with self.lock:
             # Between the two nothing is called, so the loop, in another thread, does not end its request there.
-            if self.lent is not None and floats[scoreboard.DEADLINE]:
+            if self.fast_path_cells is not None and floats[scoreboard.DEADLINE]:
                 floats[scoreboard.DEADLINE] = deadline
 
     def earliest(self) -> float:
         """The earliest deadline of what is in hand and not late. Those of equal timeouts are in their order already."""
-        first = next(iter(self.due), None)
+        first = next(iter(self.default_deadlines), None)
         least = first.deadline if first is not None else 0.0
-        for one in self.odd:
+        for one in self.custom_deadlines:
             if not least or one.deadline < least:
                 least = one.deadline
         return least
 
     def show_oldest(self) -> None:
         """Of what is in hand."""
-        self.shown = one = next(iter(self.open))
+        self.published = one = next(iter(self.open))
         self.board.floats[scoreboard.BUSY_SINCE] = one.start
         self.board.set_peer(one.peer)
 
@@ -323,8 +325,8 @@ class Requests:
     def move(self, one: Request, deadline: float) -> None:
         with self.lock:
             if one in self.open and not one.late:
-                self.due.pop(one, None)
-                self.odd[one] = None
+                self.default_deadlines.pop(one, None)
+                self.custom_deadlines[one] = None
                 one.timeout, one.deadline = -1.0, deadline
                 self.board.floats[scoreboard.DEADLINE] = self.earliest()
 
@@ -338,8 +340,8 @@ class Requests:
         with self.lock:
             for one in some:
                 one.late = True
-                self.due.pop(one, None)
-                self.odd.pop(one, None)
+                self.default_deadlines.pop(one, None)
+                self.custom_deadlines.pop(one, None)
             self.board.floats[scoreboard.DEADLINE] = self.earliest()
             self.changed.notify_all()
 

@@ -25,13 +25,13 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
-import prefork.rules.pacing as policy
-import prefork.workers.intake.dispatch as chain
+import prefork.rules.pacing as pacing
+import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import RequestTimeout
 from prefork.rules.states import Phase
 from prefork.workers.accounting import Request, Requests
-from prefork.workers.intake.acceptor import Acceptor, Taken
-from prefork.workers.lifecycle import INTERRUPT, Seat, Told, exit_code, own_memory, set_title
+from prefork.workers.intake.acceptor import Accepted, Acceptor
+from prefork.workers.lifecycle import INTERRUPT, ToldToLeave, WorkerContext, exit_code, own_memory, set_title
 
 log = logs.get("prefork")
 
@@ -88,25 +88,25 @@ class Worker:
     threads = 1  # that serve requests, if there are more than the main one
     slack = 0.0
 
-    def __init__(self, servers: Sequence[socketserver.BaseServer], seat: Seat) -> None:
+    def __init__(self, servers: Sequence[socketserver.BaseServer], context: WorkerContext) -> None:
         self.servers = tuple(servers)
         self.server = self.servers[0]
-        self.slot, self.generation, self.options = seat.slot, seat.generation, seat.options
+        self.slot, self.generation, self.options = context.slot, context.generation, context.options
         self.draining = self.quitting = False
-        self._seat = seat
+        self._context = context
         self._forking = threading.local()  # the signal mask of a thread that forks
         self._disowned = False  # in a child that the program forked from this worker
-        self._board = seat.board
-        self._uplink = lifeline.Uplink(seat.uplink_write, seat.token)
-        self._worn = False
+        self._board = context.board
+        self._uplink = lifeline.Uplink(context.uplink_write, context.token)
+        self._recycle_requested = False
         self._ready = False
         self._acceptor: Acceptor | None = None
         self._drain_ends: tuple[int, int] | None = None
         self._handed: dict[int, Request] | None = None  # what the chain may give to another thread, by id
         self._stuck = False
         self._memory_at = 0.0
-        rng = random.Random(seat.seed)
-        self._recycle_after = policy.recycle_after(self.options.max_requests, self.options.requests_jitter, rng)
+        rng = random.Random(context.seed)
+        self._recycle_after = pacing.recycle_after(self.options.max_requests, self.options.requests_jitter, rng)
         # After which request to call `_look()`: the hot path compares one number.
         self._limit = 1 if self.options.max_memory else self._recycle_after or 1 << 62
         limit = self.options.request_timeout
@@ -119,8 +119,8 @@ class Worker:
     def check(cls, server: Any) -> None:
         """Raise OptionError, with the mend, if this class cannot serve `server`. Runs before anything is forked."""
         handler = getattr(server, "RequestHandlerClass", None)
-        chain.check_handler(handler, server.socket_type)
-        chain.refuse_async(handler, cls.__name__)
+        dispatch.check_handler(handler, server.socket_type)
+        dispatch.refuse_async(handler, cls.__name__)
 
     def setup(self) -> None:
         """Open what this process must own. Called before the worker is ready."""
@@ -148,7 +148,7 @@ class Worker:
         """
         requests = self._requests
         late = requests.overdue()
-        if requests.lent is not None or (late and set(late).issubset(requests.mine())):
+        if requests.fast_path_cells is not None or (late and set(late).issubset(requests.mine())):
             self._board.floats[scoreboard.INTERRUPTED] = self._board.floats[scoreboard.DEADLINE]
             raise RequestTimeout(f"the request took longer than {self.options.request_timeout:g} s")
         requests.give_up(late)
@@ -169,8 +169,8 @@ class Worker:
         if self._acceptor is None:
             acceptor = Acceptor(self, self.servers, self._board)
             for server in self.servers:
-                chain.follow(self, server)
-            if any(map(chain.hands_over, self.servers)):
+                dispatch.follow(self, server)
+            if any(map(dispatch.hands_over, self.servers)):
                 self._say_threads(UNKNOWN_THREADS)
             self._acceptor = acceptor
             if self.draining:  # told to leave between ready and here
@@ -195,7 +195,7 @@ class Worker:
                     self._show_drain()
             return self._drain_ends[0]
 
-    def accept(self) -> Taken | None:
+    def accept(self) -> Accepted | None:
         """Wait for the next connection or datagram of any server: (server, request, peer). None: leave now.
 
         Raises
@@ -216,7 +216,7 @@ class Worker:
             From `serving(peer).begin()`, by whoever took it, so that a loop that hands requests to threads knows of
             each before it is told that there are no more. It is ended here.
         """
-        chain.serve(self, server, request, peer, begun)
+        dispatch.serve(self, server, request, peer, begun)
 
     def leave(self) -> None:
         """Take nothing new, finish what is in hand, be replaced at once; as after TERM. For the main thread."""
@@ -244,9 +244,9 @@ class Worker:
 
     def recycle(self, reason: str = "") -> None:
         """Ask to be replaced. The worker serves on until its replacement is ready."""
-        if not self._worn:
-            self._worn = True
-            self._uplink.say(lifeline.WORN, reason)
+        if not self._recycle_requested:
+            self._recycle_requested = True
+            self._uplink.say(lifeline.RECYCLE, reason)
 
     def _ask_to_stop(self) -> None:
         """Ask the master to stop the whole pool gracefully. Returns at once."""
@@ -256,7 +256,7 @@ class Worker:
 
     def _look(self, count: int, now: float) -> None:
         """After a request: ask to be recycled where a limit is reached."""
-        if self._worn:
+        if self._recycle_requested:
             return
         if self._recycle_after and count >= self._recycle_after:
             self.recycle(f"max_requests: {count} of {self._recycle_after}")
@@ -363,14 +363,14 @@ class Worker:
         self.setup()
         self.prepare_to_accept()
         if self.draining:
-            raise Told  # once more: something in it was deaf to that
+            raise ToldToLeave  # once more: something in it was deaf to that
         self._ready = True
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGQUIT, self._on_quit)
         self._say_threads(self.threads)
         self._board.set_phase(Phase.SERVING)
         self._uplink.say(lifeline.READY)
-        set_title(f"{self._seat.title} ready")
+        set_title(f"{self._context.title} ready")
         code = 0
         try:
             self.run()
@@ -378,7 +378,7 @@ class Worker:
             code = exit_code(left)
         finally:
             if self.draining:
-                set_title(f"{self._seat.title} leaving")
+                set_title(f"{self._context.title} leaving")
             self.teardown()
         return code
 

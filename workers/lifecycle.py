@@ -27,7 +27,7 @@ INTERRUPT = signal.SIGXCPU
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerContext:
     """What the master gives to a new worker: all of it is inherited by the fork."""
 
     slot: int
@@ -53,7 +53,7 @@ class Life(Protocol):
     def live(self) -> int: ...
 
 
-class Told(SystemExit):
+class ToldToLeave(SystemExit):
     """Raised in a child that is told to leave before it is ready: nobody was served yet, so that nothing is cut off. It
     ends the boot, whose `finally` blocks and `atexit` functions run. Where it is swallowed, or does not come through,
     the master kills the child."""
@@ -62,26 +62,26 @@ class Told(SystemExit):
 ABANDONED = 0.5  # seconds for which a child whose boot came to nothing waits for threads that it has started
 
 
-def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None]) -> int:
+def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock: Callable[[], None]) -> int:
     """The child's whole life, given to `processes.fork`. Returns its exit code."""
-    uplink = lifeline.Uplink(seat.uplink_write, seat.token)
+    uplink = lifeline.Uplink(context.uplink_write, context.token)
     life: Life | None = None
-    lifeline.arm(seat.lifeline_read, main_thread=seat.main_thread)
+    lifeline.arm(context.lifeline_read, main_thread=context.main_thread)
     logs.enter_child()
     # The stacks of a hang (ABRT) or a crash (SIGSEGV and its like) go into the report of this worker's death.
-    faulthandler.enable(file=seat.uplink_write, all_threads=True)
+    faulthandler.enable(file=context.uplink_write, all_threads=True)
     for one in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH, INTERRUPT):
         # Not a handler that does nothing: handlers run on the small stack that faulthandler made for this thread, one
         # on top of the other, and six pending signals overflow it.
         signal.signal(one, signal.SIG_IGN)
     told = leave_if_told(lambda: life)  # until there is a worker that is ready
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    set_title(f"{seat.title} starting")
+    set_title(f"{context.title} starting")
     try:
         unblock()
-        life = build(seat)
+        life = build(context)
         if told:
-            raise Told
+            raise ToldToLeave
         code = life.live()
     except BaseException as error:
         if told:  # whatever the program has made of that
@@ -107,7 +107,7 @@ def main(seat: Seat, build: Callable[[Seat], Life], unblock: Callable[[], None])
 
 
 def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
-    """Have TERM and QUIT raise `Told`, once. Returns what is filled with the signal that came."""
+    """Have TERM and QUIT raise `ToldToLeave`, once. Returns what is filled with the signal that came."""
     told: list[int] = []
 
     def leave(signum: int, frame: types.FrameType | None) -> None:
@@ -119,7 +119,7 @@ def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
             if (worker := life()) is not None:
                 worker.draining = True
             warnings.simplefilter("ignore")  # of files that are not closed, and coroutines that are not awaited
-            raise Told
+            raise ToldToLeave
 
     for one in (signal.SIGTERM, signal.SIGQUIT):
         signal.signal(one, leave)

@@ -12,18 +12,18 @@ import socket
 import types
 from collections.abc import Callable, Sequence
 
-import prefork.kernel.listener as listeners
+import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.master.loop as master
-import prefork.workers.lifecycle as child
+import prefork.master.loop as loop
+import prefork.workers.lifecycle as lifecycle
 from prefork.command.program import Bind, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
 from prefork.rules.states import Stop
 from prefork.rules.worker_exit import WorkerExit
 from prefork.settings.settings import Options, Setting, declared
-from prefork.workers.lifecycle import Seat
+from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 
@@ -85,19 +85,19 @@ def _leave(signum: int, frame: types.FrameType | None) -> None:
 
 
 def _run(program: Program, options: Options) -> int:
-    names = [listeners.describe(sock) for sock in program.sockets]
+    names = [listener.describe(sock) for sock in program.sockets]
     claims = {claim.path: claim for claim in program.claims}
-    sockets = [listeners.Listener(sock, claim=claims.get(_path_of(sock))) for sock in program.sockets]
+    sockets = [listener.Listener(sock, claim=claims.get(_path_of(sock))) for sock in program.sockets]
     for one, name in zip(sockets, names, strict=True):
         one.open(blocking=len(sockets) == 1)
         log.info("listening on %s", name)
 
-    def start(seat: Seat, unblock: Callable[[], None]) -> int:
+    def start(context: WorkerContext, unblock: Callable[[], None]) -> int:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
-        return child.main(seat, program.worker, unblock)
+        return lifecycle.main(context, program.worker, unblock)
 
-    child.set_title(f"prefork: master {program.target} {' '.join(names)}")
-    running = master.Master(
+    lifecycle.set_title(f"prefork: master {program.target} {' '.join(names)}")
+    running = loop.Master(
         sockets,
         options,
         start,
@@ -122,7 +122,7 @@ def _run(program: Program, options: Options) -> int:
 
 def _path_of(sock: socket.socket) -> str:
     address = sock.getsockname()
-    return listeners.real_path(address) if isinstance(address, str) and address else ""
+    return listener.real_path(address) if isinstance(address, str) and address else ""
 
 
 class _Hooks:

@@ -24,13 +24,13 @@ from collections.abc import Callable
 from typing import Any
 
 import prefork.kernel.exits as exits
-import prefork.kernel.listener as listeners
+import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.settings.settings import Options
-from prefork.workers.lifecycle import ABANDONED, Told, leave_if_told, set_title
+from prefork.workers.lifecycle import ABANDONED, ToldToLeave, leave_if_told, set_title
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
 
@@ -66,7 +66,7 @@ class Scout:
         self._answer: dict[str, Any] | None = None
         self._closed = False
         self._end: float | None = None  # when a child that is to leave is killed
-        with processes.undivided():
+        with processes.fork_lock():
             self._socket, theirs = socket.socketpair()
             ends = lifeline.Ends.open()
             processes.private([self._socket.fileno()])
@@ -81,7 +81,7 @@ class Scout:
             for one in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(one, signal.SIG_IGN)
             set_title("prefork: scout")
-            with contextlib.suppress(Told):
+            with contextlib.suppress(ToldToLeave):
                 unblock()
                 _answer(work, theirs)
             for one in (signal.SIGTERM, signal.SIGQUIT):
@@ -190,7 +190,7 @@ class Scout:
         processes.close(self._fds)  # of an answer that nobody has used: with its lock a path would look alive
         self._fds = []
         for path, kind in self._claims:
-            listeners.clear(path, kind)
+            listener.clear(path, kind)
         self._child.release()
         processes.close([self._socket.detach()])
         return True
@@ -203,10 +203,10 @@ class Scout:
 
 def _answer(work: Work, to: socket.socket) -> None:
     fds: list[int] = []
-    listeners.Claim.made = lambda path, kind: _send(to, {"claim": [path, kind]})
+    listener.Claim.made = lambda path, kind: _send(to, {"claim": [path, kind]})
     try:
         answer, fds = work()
-    except Told:
+    except ToldToLeave:
         raise
     except ProgramError as error:
         answer = {"error": "program", "text": str(error)}

@@ -21,18 +21,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import prefork.kernel.import_path as imports
-import prefork.kernel.listener as listeners
+import prefork.kernel.import_path as import_path
+import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.servers.mixin as server
-import prefork.servers.runner as service
-import prefork.workers.intake.dispatch as chain
+import prefork.servers.mixin as mixin
+import prefork.servers.runner as runner
+import prefork.workers.intake.dispatch as dispatch
 from prefork.command.probe import Scout, Work, own_traceback
 from prefork.errors import OptionError, ProgramError
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
-from prefork.workers.lifecycle import Seat
+from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 
@@ -51,7 +51,7 @@ class Bind:
     text: str
 
     @classmethod
-    def parse(cls, text: str, place: imports.Place) -> "Bind":
+    def parse(cls, text: str, place: import_path.Place) -> "Bind":
         """`tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:PATH`, `unixgram:PATH`; an IPv6 host in brackets; a path that
         begins with @ is a name without a file (Linux).
 
@@ -110,14 +110,14 @@ def _abstract(path: str, text: str) -> str:
 
 
 _SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
-    (False, socket.SOCK_STREAM): server.PreforkTCPServer,
-    (False, socket.SOCK_DGRAM): server.PreforkUDPServer,
-    (True, socket.SOCK_STREAM): server.PreforkUnixStreamServer,
-    (True, socket.SOCK_DGRAM): server.PreforkUnixDatagramServer,
+    (False, socket.SOCK_STREAM): mixin.PreforkTCPServer,
+    (False, socket.SOCK_DGRAM): mixin.PreforkUDPServer,
+    (True, socket.SOCK_STREAM): mixin.PreforkUnixStreamServer,
+    (True, socket.SOCK_DGRAM): mixin.PreforkUnixDatagramServer,
 }
 
 
-def find(target: str, place: imports.Place) -> Any:
+def find(target: str, place: import_path.Place) -> Any:
     """Import `MODULE:NAME` and return what it names, or what that returns where NAME ends in `()`.
 
     Raises
@@ -167,13 +167,13 @@ def refuse_shadowed(name: str) -> None:
 def check(servers: Sequence[Any], kind: type[Worker] | None) -> None:
     """As `service.check()`. Raises ProgramError where the program could not import in a worker what it has imported
     here: there prefork has imported a standard module of that name before."""
-    service.check(servers, kind)
-    for name, module in imports.doubles.items():
+    runner.check(servers, kind)
+    for name, module in import_path.doubles.items():
         file = getattr(module, "__file__", None)
         raise ProgramError(f"{file or name} has the name of a standard module that its worker_class needs; rename it")
 
 
-def build(target: str, binds: Sequence[Bind], place: imports.Place, kind: type[Worker] | None = None) -> list[Any]:
+def build(target: str, binds: Sequence[Bind], place: import_path.Place, kind: type[Worker] | None = None) -> list[Any]:
     """Make the servers: bound and activated, or adopted inside `adopting()`.
 
     Parameters
@@ -199,15 +199,15 @@ def build(target: str, binds: Sequence[Bind], place: imports.Place, kind: type[W
             raise ProgramError(f"{target} is {found!r}, which is no application: it cannot be called")
         _need(binds, target)
         return [_made(_SERVERS[bind.family == socket.AF_UNIX, bind.kind], bind, found) for bind in binds]
-    if isinstance(found, type) and (issubclass(found, socketserver.BaseRequestHandler) or chain.is_async(found)):
+    if isinstance(found, type) and (issubclass(found, socketserver.BaseRequestHandler) or dispatch.is_async(found)):
         _need(binds, target)
         for bind in binds:
-            chain.check_handler(found, bind.kind)
+            dispatch.check_handler(found, bind.kind)
         return [_made(_SERVERS[bind.family == socket.AF_UNIX, bind.kind], bind, found) for bind in binds]
     if server_class:
         _need(binds, target)
-        if not issubclass(found, server.PreforkMixIn):
-            found = type(found.__name__, (server.PreforkMixIn, found), {})
+        if not issubclass(found, mixin.PreforkMixIn):
+            found = type(found.__name__, (mixin.PreforkMixIn, found), {})
         return [_made(found, bind, getattr(found, "RequestHandlerClass", None)) for bind in binds]
     if isinstance(found, socketserver.BaseServer):
         if binds:
@@ -271,7 +271,7 @@ def adopting(take: Callable[[Any], socket.socket | None]) -> Iterator[None]:
     bind, activate, claim = (
         socketserver.TCPServer.server_bind,
         socketserver.TCPServer.server_activate,
-        server.PreforkMixIn.server_bind,
+        mixin.PreforkMixIn.server_bind,
     )
     adopted: set[int] = set()
 
@@ -290,17 +290,17 @@ def adopting(take: Callable[[Any], socket.socket | None]) -> Iterator[None]:
             activate(self)
 
     def unclaimed(self: Any) -> None:
-        super(server.PreforkMixIn, self).server_bind()
+        super(mixin.PreforkMixIn, self).server_bind()
 
     socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
     socketserver.TCPServer.server_activate = server_activate  # type: ignore[method-assign]
-    server.PreforkMixIn.server_bind = unclaimed  # type: ignore[method-assign]
+    mixin.PreforkMixIn.server_bind = unclaimed  # type: ignore[method-assign]
     try:
         yield
     finally:
         socketserver.TCPServer.server_bind = bind  # type: ignore[method-assign]
         socketserver.TCPServer.server_activate = activate  # type: ignore[method-assign]
-        server.PreforkMixIn.server_bind = claim  # type: ignore[method-assign]
+        mixin.PreforkMixIn.server_bind = claim  # type: ignore[method-assign]
 
 
 class Program:
@@ -316,7 +316,7 @@ class Program:
         self,
         target: str,
         binds: Sequence[Bind],
-        place: imports.Place,
+        place: import_path.Place,
         flags: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self.target, self.binds, self._place, self._flags = target, list(binds), place, flags
@@ -324,7 +324,7 @@ class Program:
         # They count when a server binds, before anybody sees it.
         self._of_files = {name: flags[name] for name in _BOUND if name in flags}
         self.sockets: list[socket.socket] = []
-        self.claims: list[listeners.Claim] = []
+        self.claims: list[listener.Claim] = []
         self.settings: dict[str, object] = {}
         self._asked: list[object] = []  # the addresses as they were asked for, before the kernel chose a port
         self._scouts: list[Scout] = []
@@ -338,9 +338,9 @@ class Program:
             as `build()` does.
         """
         if isinstance(self._worker_class, str):
-            self._worker_class = service.reference(self._worker_class)
-            if self._worker_class in service.CLASSES.values():
-                service.worker_class(self._worker_class)  # imported here, once, and before the program
+            self._worker_class = runner.reference(self._worker_class)
+            if self._worker_class in runner.CLASSES.values():
+                runner.worker_class(self._worker_class)  # imported here, once, and before the program
         scout = self._scout(self._bind, timeout)
         try:
             while not scout.over():
@@ -351,7 +351,7 @@ class Program:
             raise
         number = len(answer["asked"])
         self.claims = [
-            listeners.Claim.take_over(path, tuple(file) if file else None, lock)
+            listener.Claim.take_over(path, tuple(file) if file else None, lock)
             for (path, file), lock in zip(answer["claims"], fds[number:], strict=True)
         ]
         self.settings, self._asked = answer["settings"], answer["asked"]
@@ -362,14 +362,14 @@ class Program:
         """Begin to try the program as it is now, without binding what is bound already."""
         return self._scout(self._try, timeout)
 
-    def worker(self, seat: Seat) -> Worker:
+    def worker(self, context: WorkerContext) -> Worker:
         """In a worker: import the program around the inherited listeners."""
         kind = self._enter()
         left = list(self.sockets)
         with adopting(lambda made: left.pop(0) if left else None):
             servers = build(self.target, self.binds, self._place, kind)
-        kind = kind or service.worker_class(getattr(servers[0], "worker_class", "sync"))
-        return service.seated(kind, servers, seat)
+        kind = kind or runner.worker_class(getattr(servers[0], "worker_class", "sync"))
+        return runner.make_worker(kind, servers, context)
 
     def collect(self) -> float | None:
         """Collect the scouts that are over. When to look again (of `time.monotonic()`); None: none is to end."""
@@ -423,7 +423,7 @@ class Program:
     def _enter(self) -> type[Worker] | None:
         """Go to where the program is. The worker class that the command was given, if it was."""
         self._place.enter()
-        return None if self._worker_class is None else service.worker_class(self._worker_class)
+        return None if self._worker_class is None else runner.worker_class(self._worker_class)
 
     # -- in the scout ----------------------------------------------------------------------------------------------
 
@@ -432,7 +432,7 @@ class Program:
         asked: dict[int, object] = {}
         begun: list[Any] = []
         bind, binds, of_files = socketserver.TCPServer.server_bind, self.binds, self._of_files
-        claim = server.PreforkMixIn.server_bind
+        claim = mixin.PreforkMixIn.server_bind
 
         def server_claim(self: Any) -> None:
             vars(self).update(of_files)
@@ -446,7 +446,7 @@ class Program:
             bind(self)
 
         socketserver.TCPServer.server_bind = server_bind  # type: ignore[method-assign]
-        server.PreforkMixIn.server_bind = server_claim  # type: ignore[method-assign]
+        mixin.PreforkMixIn.server_bind = server_claim  # type: ignore[method-assign]
         try:
             servers = build(self.target, self.binds, self._place, kind)
             check(servers, kind)
@@ -486,7 +486,7 @@ class Program:
                 with socket.socket(made.address_family, made.socket_type) as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(made.server_address)
-            where = listeners.name(made.address_family, made.socket_type, made.server_address)
+            where = listener.name(made.address_family, made.socket_type, made.server_address)
             raise OptionError(f"the program now wants {where}; other addresses take a new start")
 
         try:

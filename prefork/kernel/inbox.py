@@ -48,7 +48,7 @@ class Inbox:
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
         self._signals = tuple(signals)
-        with processes.undivided():
+        with processes.fork_lock():
             self._selector = selectors.DefaultSelector()
             self._receiver, self._sender = socket.socketpair()
             self._own = [self._receiver.fileno(), self._sender.fileno()]

@@ -32,7 +32,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import prefork.kernel.host_port as addresses
+import prefork.kernel.host_port as host_port
 import prefork.kernel.processes as processes
 from prefork.errors import OptionError
 
@@ -71,7 +71,7 @@ def name(family: int, kind: int, address: object) -> str:
         path = os.fsdecode(address) if isinstance(address, str | bytes) else str(address)
         return ("unix:" if stream else "unixgram:") + path.replace("\0", "@", 1)
     if isinstance(address, tuple) and len(address) >= 2:
-        return f"{'tcp' if stream else 'udp'}://{addresses.host_port(str(address[0]), address[1])}"
+        return f"{'tcp' if stream else 'udp'}://{host_port.host_port(str(address[0]), address[1])}"
     return str(address)
 
 
@@ -90,7 +90,7 @@ class Listener:
         self._servers, self._claim = sock, claim
         self._owner = os.getpid()
         # A descriptor of the master's own: the program may close its server while the pool still drains.
-        with processes.undivided():
+        with processes.fork_lock():
             self.socket = socket.socket(sock.family, sock.type, sock.proto)
             os.dup2(sock.fileno(), self.socket.fileno(), inheritable=False)
             processes.private([self.socket.fileno()])
@@ -259,7 +259,7 @@ class Claim:
     def _acquire(self, lock: str) -> int:
         while True:
             made = True
-            with processes.undivided():
+            with processes.fork_lock():
                 try:
                     fd = os.open(lock, _LOCK | os.O_CREAT | os.O_EXCL, 0o600)
                 except FileExistsError:

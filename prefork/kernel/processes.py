@@ -46,7 +46,7 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def undivided() -> Iterator[None]:
+def fork_lock() -> Iterator[None]:
     """No fork of this module happens inside: what is opened in it can be declared private in time."""
     with _lock:
         yield
@@ -97,7 +97,7 @@ class Child:
         self.ended = False  # its pidfd said so
         self._reaped = False
         if use_pidfd and hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError), undivided():
+            with contextlib.suppress(OSError), fork_lock():
                 self.pidfd = os.pidfd_open(pid)
                 private([self.pidfd])
 
@@ -215,7 +215,7 @@ def fork(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> i
         EAGAIN or ENOMEM, where the system refuses.
     """
     # The filters of warnings and the collector belong to the process, not to one of the threads that may fork here.
-    with undivided():
+    with fork_lock():
         return _fork(main, freeze)
 
 

@@ -30,11 +30,11 @@ import prefork.kernel.processes as processes
 
 READY = b"\x01"
 LEAVES = b"\x02"  # it drains although the master may not have asked
-WORN = b"\x03"  # it asks to be recycled
+RECYCLE = b"\x03"  # it asks to be recycled
 STOP = b"\x04"  # the program called shutdown() in a worker
 STUCK = b"\x05"  # it leaves, for a request past its deadline cannot be interrupted
 EXITS = b"\x06"  # it leaves of its own accord
-_KINDS = READY + LEAVES + WORN + STOP + STUCK + EXITS
+_KINDS = READY + LEAVES + RECYCLE + STOP + STUCK + EXITS
 
 TOKEN = 8  # bytes
 DATA_LIMIT = 255  # bytes of a message: with it a message is far below PIPE_BUF, and so is written whole or not at all
@@ -58,7 +58,7 @@ class Ends:
         """Raises OSError (EMFILE, ENFILE), leaving nothing open."""
         fds: list[int] = []
         try:
-            with processes.undivided():
+            with processes.fork_lock():
                 for private in (1, 0):
                     fds += (pipe := os.pipe())
                     processes.private([pipe[private]])

@@ -14,7 +14,7 @@ import mmap
 from dataclasses import dataclass
 from typing import Any
 
-import prefork.kernel.host_port as addresses
+import prefork.kernel.host_port as host_port
 from prefork.rules.states import Phase
 from prefork.settings.settings import MAX_WORKERS
 
@@ -68,7 +68,7 @@ class Slot:
         self.ints[PEER_PORT] = port
         if host != self.host:
             name = str(host or "")
-            text = (addresses.bracketed(name) if port else name).encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
+            text = (host_port.bracketed(name) if port else name).encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
             self.peer[: len(text)] = text
             self.host = host if type(host) is str else self  # which no host is equal to
 

@@ -17,17 +17,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import prefork.kernel.inbox as signals
+import prefork.kernel.inbox as inbox
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
-import prefork.rules.pacing as policy
+import prefork.rules.pacing as pacing
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
 from prefork.errors import BootError, PreforkError
 from prefork.kernel.listener import Listener, describe
 from prefork.link.scoreboard import Scoreboard
-from prefork.master.worker_handle import Hand, Start, launch, log_exit
+from prefork.master.worker_handle import Start, WorkerHandle, launch, log_exit
 from prefork.rules.states import Phase, State, Stop
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason, WorkerExit
@@ -118,12 +118,12 @@ class Master:
         self.board = Scoreboard()
         self._start, self._title, self._use_pidfd = start, title, use_pidfd
         self._pipes = processes.pipes()
-        self._hands: dict[int, Hand] = {}
+        self._handles: dict[int, WorkerHandle] = {}
         self._asked: collections.deque[Callable[[], None]] = collections.deque()
         self._adopts = adopts
-        self._inbox = signals.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
-        self._attention = policy.Attention()
-        self._deadlines = policy.Deadlines()
+        self._inbox = inbox.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
+        self._attention = pacing.Attention()
+        self._deadlines = pacing.Deadlines()
         self._judge_at: float | None = None
         self._stopping = stop_sequence.StopSequence()
         self._sweep_at: float | None = None
@@ -145,7 +145,7 @@ class Master:
 
     @property
     def pids(self) -> set[int]:
-        return set(self._hands)
+        return set(self._handles)
 
     def reload(self) -> None:
         """Begin the next generation."""
@@ -210,7 +210,7 @@ class Master:
         self._inbox.close()
 
     def _over(self) -> bool:
-        if self.pool.done and not self._hands:
+        if self.pool.done and not self._handles:
             return True
         if self._detach and self.pool.stopping is not Stop.NO:
             self._detach = False
@@ -262,11 +262,11 @@ class Master:
             self._inbox.pause(FAULT_PAUSE)
             due = self._turned_at  # it may have come meanwhile
         timeout = None if due is None else min(max(0.0, due - time.monotonic()), LONGEST)
-        callbacks, signals = self._inbox.wait(0.0 if self._asked else timeout)
+        callbacks, arrived = self._inbox.wait(0.0 if self._asked else timeout)
         for callback in callbacks:
             with self._guarded("the master's loop failed at what a worker said; it goes on"):
                 callback()
-        for one in signals:
+        for one in arrived:
             with self._guarded("%s could not be obeyed", one.name):
                 self._obey(one)
 
@@ -318,8 +318,8 @@ class Master:
             self._resize(self.pool.size - 1)
         elif one is signal.SIGUSR1:
             logs.reopen()
-            for hand in self._hands.values():
-                self._send(hand, signal.SIGUSR1)
+            for handle in self._handles.values():
+                self._send(handle, signal.SIGUSR1)
 
     def _resize(self, size: int) -> None:
         size = min(max(1, size), MAX_WORKERS)
@@ -355,20 +355,20 @@ class Master:
 
     def _last_call(self, now: float) -> None:
         """Everybody was killed while the pool stops, and there is a queue: fork one more for it."""
-        if self._hands or not self._stopping.may_have_queue(now) or not any(one.waiting() for one in self.listeners):
+        if self._handles or not self._stopping.may_have_queue(now) or not any(one.waiting() for one in self.listeners):
             return
         if (order := self.pool.last_call()) is not None:
             self._stopping.called()
             self._spawn(order)
 
-    def _heard(self, hand: Hand) -> None:
+    def _on_uplink(self, handle: WorkerHandle) -> None:
         """Something arrived on a worker's uplink."""
-        messages, closed = hand.link.read()
-        now, pid = time.monotonic(), hand.child.pid
-        if closed and not hand.closed:
-            hand.closed = True
-            self._inbox.unwatch(hand.link.fd)
-            hand.closed_at = self._sweep_at = now
+        messages, closed = handle.link.read()
+        now, pid = time.monotonic(), handle.child.pid
+        if closed and not handle.closed:
+            handle.closed = True
+            self._inbox.unwatch(handle.link.fd)
+            handle.closed_at = self._sweep_at = now
         for message, text in messages.items():
             if message == lifeline.READY:
                 self.pool.booted(pid, now)
@@ -378,19 +378,19 @@ class Master:
                 self.pool.leaves(pid, now, Reason.REQUEST_TIMEOUT)
             elif message == lifeline.EXITS:
                 self.pool.leaves(pid, now, Reason.EXITED)
-            elif message == lifeline.WORN:
+            elif message == lifeline.RECYCLE:
                 self.pool.wear_out(pid, _plain(text))
             elif message == lifeline.STOP:
-                log.info("worker %d (pid %d) asks the pool to stop: shutdown() was called in it", hand.slot, pid)
+                log.info("worker %d (pid %d) asks the pool to stop: shutdown() was called in it", handle.slot, pid)
                 self._stop(Stage.SETTLING)
 
     def _listen_to_slots(self, now: float) -> None:
         """Whether orders were understood is written in the slots of those who have orders."""
         for member in self.pool.members.values():
-            if member.state is State.RETIRING and not member.understood:
+            if member.state is State.RETIRING and not member.acknowledged:
                 phase = self.board.phase(member.slot)
                 if phase >= (Phase.LEAVING if member.quitting else Phase.DRAINING):
-                    self.pool.understood(member.pid, now)
+                    self.pool.acknowledged(member.pid, now)
 
     def _judge(self, now: float) -> None:
         """Interrupt or condemn those whose request is past its deadline."""
@@ -405,11 +405,11 @@ class Master:
                 deadline, interrupted = self.board.deadline(member.slot)
                 serial = int(deadline * 1e9) if deadline < 1e9 else 0
                 threads = self.board.threads(member.slot)
-                readings.append(policy.Reading(member.pid, deadline, serial, interrupted, threads))
+                readings.append(pacing.Reading(member.pid, deadline, serial, interrupted, threads))
         verdicts, self._judge_at = self._deadlines.judge(now, readings)
         for pid in verdicts.interrupt:
             log.warning("worker %d (pid %d): its request is past its deadline", self.pool.members[pid].slot, pid)
-            self._send(self._hands[pid], INTERRUPT)
+            self._send(self._handles[pid], INTERRUPT)
         for pid in verdicts.condemn:
             self.pool.condemn(pid, Reason.REQUEST_TIMEOUT, now)
         if not self.pool.members:
@@ -421,39 +421,39 @@ class Master:
         sweep = self._sweep_at is not None and now >= self._sweep_at
         if sweep:
             self._sweep_at = None
-        for hand in list(self._hands.values()):
+        for handle in list(self._handles.values()):
             # Two notices of a death: the pidfd, and the end of the uplink. The pipe closes a moment before there is an
             # exit to collect, and may be held open by a child of the worker; without a pidfd it is therefore looked at
             # again.
-            with self._guarded("worker %d (pid %d) cannot be collected", hand.slot, hand.child.pid):
-                if self._collect(hand, try_it=sweep or hand.child.ended or hand.closed):
+            with self._guarded("worker %d (pid %d) cannot be collected", handle.slot, handle.child.pid):
+                if self._collect(handle, try_it=sweep or handle.child.ended or handle.closed):
                     continue
-            if hand.closed:
+            if handle.closed:
                 # One that closed its uplink by mistake and lives on must not keep the master awake.
-                self._sweep_at = now + (SWEEP if now - hand.closed_at < TICK else TICK)
-            elif hand.child.pidfd is None and self._sweep_at is None:
+                self._sweep_at = now + (SWEEP if now - handle.closed_at < TICK else TICK)
+            elif handle.child.pidfd is None and self._sweep_at is None:
                 self._sweep_at = now + TICK
         if (again := self._collect_others()) is not None:
             self._sweep_at = again if self._sweep_at is None else min(again, self._sweep_at)
-        if self._adopts and (self._check is not None or processes.reap_strangers(self._hands)):
+        if self._adopts and (self._check is not None or processes.reap_strangers(self._handles)):
             self._sweep_at = now + TICK
 
-    def _collect(self, hand: Hand, *, try_it: bool) -> bool:
+    def _collect(self, handle: WorkerHandle, *, try_it: bool) -> bool:
         """Reap one worker if it is over, and say so. Whether it is gone."""
-        exit = hand.child.reap() if try_it else None
+        exit = handle.child.reap() if try_it else None
         if exit is None:
             return False
-        if not hand.closed:
-            with self._guarded("worker %d (pid %d) cannot be heard", hand.slot, hand.child.pid):
-                self._heard(hand)  # what it said before it died comes before its death
+        if not handle.closed:
+            with self._guarded("worker %d (pid %d) cannot be heard", handle.slot, handle.child.pid):
+                self._on_uplink(handle)  # what it said before it died comes before its death
         status, memory = exit
         now = time.monotonic()
-        entry = self.board.read(hand.slot, now)
-        self._forget(hand)
+        entry = self.board.read(handle.slot, now)
+        self._forget(handle)
         # One that was ended by its first request has taken it: it is no crash loop, the clients set its pace.
         served = entry.requests > 0 or entry.busy_for > 0
-        member = self.pool.exited(hand.child.pid, now, status=status, served=served)
-        report = hand.report(entry, member.reason or Reason.EXITED, status, memory, now, member.why)
+        member = self.pool.exited(handle.child.pid, now, status=status, served=served)
+        report = handle.report(entry, member.reason or Reason.EXITED, status, memory, now, member.why)
         if report.reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
             self._stopping.found_empty()
         if report.reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
@@ -465,26 +465,26 @@ class Master:
             self.hooks.worker_exited(report)
         return True
 
-    def _forget(self, hand: Hand) -> None:
-        self._inbox.unwatch(hand.link.fd)
-        if hand.child.pidfd is not None:
-            self._inbox.unwatch(hand.child.pidfd)
-        del self._hands[hand.child.pid]
-        hand.release()
+    def _forget(self, handle: WorkerHandle) -> None:
+        self._inbox.unwatch(handle.link.fd)
+        if handle.child.pidfd is not None:
+            self._inbox.unwatch(handle.child.pidfd)
+        del self._handles[handle.child.pid]
+        handle.release()
 
     # -- what goes out ---------------------------------------------------------------------------------------------
 
     def _carry_out(self, order: pool.Order) -> None:
         if isinstance(order, pool.Spawn):
             self._spawn(order)
-        elif hand := self._hands.get(order.pid):
-            self._send(hand, _SIGNAL_OF[type(order)])
+        elif handle := self._handles.get(order.pid):
+            self._send(handle, _SIGNAL_OF[type(order)])
 
-    def _send(self, hand: Hand, signum: int) -> None:
+    def _send(self, handle: WorkerHandle, signum: int) -> None:
         try:
-            hand.child.send(signum)
+            handle.child.send(signum)
         except OSError as error:  # EPERM: it has another user now
-            self._report(error, "worker %d (pid %d) cannot be signalled", hand.slot, hand.child.pid)
+            self._report(error, "worker %d (pid %d) cannot be signalled", handle.slot, handle.child.pid)
 
     def _spawn(self, order: pool.Spawn) -> None:
         if not self._warned and (names := processes.threads_left_behind()):
@@ -493,7 +493,7 @@ class Master:
         if not self._stopping.begun:
             self._revive_listeners()
         try:
-            hand = launch(
+            handle = launch(
                 self.board,
                 order.slot,
                 order.generation,
@@ -512,12 +512,12 @@ class Master:
         except Exception:
             self.pool.spawn_failed(time.monotonic())
             raise
-        pid = hand.child.pid
-        self._hands[pid] = hand
-        self.pool.spawned(order, pid, hand.born)
-        self._inbox.watch(hand.link.fd, lambda: self._heard(hand))
-        if hand.child.pidfd is not None:
-            self._inbox.watch(hand.child.pidfd, hand.child.note_end)
+        pid = handle.child.pid
+        self._handles[pid] = handle
+        self.pool.spawned(order, pid, handle.born)
+        self._inbox.watch(handle.link.fd, lambda: self._on_uplink(handle))
+        if handle.child.pidfd is not None:
+            self._inbox.watch(handle.child.pidfd, handle.child.note_end)
 
     def _revive_listeners(self) -> None:
         """A worker, or the program, may have shut down what all of them share: nobody could connect any more."""
@@ -530,14 +530,14 @@ class Master:
 
     def _tell(self, now: float) -> None:
         """Log what happened to the pool as a whole."""
-        news_of_pool, self.pool.news = self.pool.news, []
-        for news, generation in news_of_pool:
-            if news is pool.News.READY:
+        news_of_pool, self.pool.events = self.pool.events, []
+        for events, generation in news_of_pool:
+            if events is pool.PoolEvent.READY:
                 took = now - self._began
                 log.info("pool ready: %d workers, generation %d, %.3f s", self.pool.size, generation, took)
-            elif news is pool.News.RELOAD_BEGINS:
+            elif events is pool.PoolEvent.RELOAD_BEGINS:
                 log.info("reload: generation %d begins", generation)
-            elif news is pool.News.RELOAD_SERVES:
+            elif events is pool.PoolEvent.RELOAD_SERVES:
                 log.info("reload: generation %d serves", generation)
             else:
                 good = self.pool.generation

@@ -13,15 +13,16 @@ import prefork.link.lifeline as lifeline
 from prefork.link.scoreboard import Entry, Scoreboard
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
-from prefork.workers.lifecycle import Seat
+from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 
-Start = Callable[[Seat, Callable[[], None]], int]  # what runs in the child, given its seat and `unblock`; its exit code
+# What runs in the child: given its context and `unblock`, it returns an exit code.
+Start = Callable[[WorkerContext, Callable[[], None]], int]
 
 
 @dataclass(slots=True)
-class Hand:
+class WorkerHandle:
     """What the master holds of one worker."""
 
     slot: int
@@ -67,7 +68,7 @@ def launch(
     *,
     use_pidfd: bool = True,
     pipes: set[tuple[int, int]] | None = None,
-) -> Hand:
+) -> WorkerHandle:
     """Fork one worker into a slot. Where other threads run, it gets only those pipes of theirs that are in `pipes`.
 
     Raises
@@ -81,7 +82,7 @@ def launch(
     ends = lifeline.Ends.open()
     try:
         board.clear(slot)
-        seat = Seat(
+        context = WorkerContext(
             slot,
             generation,
             options,
@@ -97,7 +98,7 @@ def launch(
         def main(unblock: Callable[[], None]) -> int:
             if beside and pipes is not None:
                 processes.drop_pipes(pipes, ends.of_worker())
-            return start(seat, unblock)
+            return start(context, unblock)
 
         pid = processes.fork(main)
     except BaseException:
@@ -106,7 +107,7 @@ def launch(
     finally:
         processes.close(ends.of_worker())
     child = processes.Child(pid, use_pidfd=use_pidfd)
-    return Hand(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read, token), born)
+    return WorkerHandle(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read, token), born)
 
 
 def log_exit(report: WorkerExit, *, known: str = "") -> None:

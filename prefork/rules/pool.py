@@ -21,7 +21,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import prefork.rules.pacing as policy
+import prefork.rules.pacing as pacing
 from prefork.rules.states import TRANSITIONS, Event, State, Stop
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import MAX_WORKERS, Options
@@ -84,7 +84,7 @@ SIGKILL = -9  # as an exit status
 _SERVING = (State.STARTING, State.READY)
 
 
-class News(enum.Enum):
+class PoolEvent(enum.Enum):
     """What happened to the pool as a whole, for the log and for whoever waits."""
 
     READY = "pool ready"
@@ -106,12 +106,12 @@ class Member:
     state: State = State.STARTING
     ready_at: float | None = None
     expires: float | None = None  # max_lifetime
-    worn: bool = False  # should be replaced, although its generation is right
+    recycle_requested: bool = False  # should be replaced, although its generation is right
     reason: Reason | None = None  # why it leaves, once that is known
     why: str = ""  # the same in its own words, such as the limit that it has reached
     # While it leaves:
     quitting: bool = False
-    understood: bool = False
+    acknowledged: bool = False
     signal_at: float = 0.0
     gap: float = 0.0
     kill_at: float | None = None
@@ -147,7 +147,7 @@ class Pool:
         self.candidate: int | None = None  # the generation that a reload tries
         self.stopping = Stop.NO
         self.members: dict[int, Member] = {}
-        self.news: list[tuple[News, int]] = []
+        self.events: list[tuple[PoolEvent, int]] = []
         self._rng = rng
         self._newest = 1
         self._options = {1: options}
@@ -156,8 +156,8 @@ class Pool:
         self._rolling = False
         self._ever_ready = False
         self._announced = False
-        self._slots: dict[int, policy.Backoff] = {}
-        self._system = policy.Backoff()
+        self._slots: dict[int, pacing.Backoff] = {}
+        self._system = pacing.Backoff()
 
     # -- queries ---------------------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Pool:
         return None
 
     def _fresh(self, member: Member) -> bool:
-        return member.generation == self.goal and not member.worn
+        return member.generation == self.goal and not member.recycle_requested
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Pool:
             return
         member.on(Event.BOOTED)
         member.ready_at = now
-        if life := policy.lifetime(member.options.max_lifetime, self._rng):
+        if life := pacing.lifetime(member.options.max_lifetime, self._rng):
             member.expires = now + life
         self._ever_ready = True
         if self.stopping is Stop.GRACEFUL and member.state is State.READY:
@@ -254,7 +254,7 @@ class Pool:
     def wear_out(self, pid: int, why: str = "") -> None:
         """A worker asks to be replaced."""
         if member := self.members.get(pid):
-            member.worn = True
+            member.recycle_requested = True
             member.why = why
 
     def leaves(self, pid: int, now: float, reason: Reason = Reason.LEFT) -> None:
@@ -265,13 +265,13 @@ class Pool:
         if member.state is not State.RETIRING:
             self._retire(member, reason, now)
         if not member.quitting:
-            self.understood(pid, now)
+            self.acknowledged(pid, now)
 
-    def understood(self, pid: int, now: float) -> None:
+    def acknowledged(self, pid: int, now: float) -> None:
         """A worker's slot says that the order in force has reached it."""
         member = self.members.get(pid)
-        if member is not None and member.state is State.RETIRING and not (member.understood or member.killed):
-            member.understood = True
+        if member is not None and member.state is State.RETIRING and not (member.acknowledged or member.killed):
+            member.acknowledged = True
             if member.quitting:
                 member.kill_at = now + self.TEARDOWN
             elif member.ready_at is None:
@@ -283,7 +283,7 @@ class Pool:
         if member is not None and not member.aborted and not member.killed:
             member.reason = reason
             member.kill_at = now
-            member.understood = True  # or the answer to an earlier order would put it off
+            member.acknowledged = True  # or the answer to an earlier order would put it off
             if member.state is not State.RETIRING:
                 member.on(Event.RETIRED)
 
@@ -304,10 +304,10 @@ class Pool:
         # A worker that dies right after it was ready, having served nobody, is a crash loop as much as a failed boot.
         if member.reason in (Reason.LEFT, Reason.EXITED) and member.ready_at is None and not fresh:
             # Told to leave while it booted, by somebody or by itself at every boot: back-off, but no failed reload.
-            self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)
-        healthy = served or (member.ready_at is not None and now - member.ready_at >= policy.HEALTHY)
+            self._slots.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
+        healthy = served or (member.ready_at is not None and now - member.ready_at >= pacing.HEALTHY)
         if fresh or (member.ready_at is not None and not healthy and not asked and status != SIGKILL):
-            self._slots.setdefault(member.slot, policy.Backoff()).failed(now, self._rng)
+            self._slots.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
             if member.generation == self.candidate:
                 self._abandon()
         elif member.ready_at is not None and healthy:
@@ -360,13 +360,13 @@ class Pool:
         """What to do now. Each order is to be carried out, and a `Spawn` answered, before the next call."""
         for member in self.members.values():
             if member.expires is not None and now >= member.expires:
-                member.worn, member.expires = True, None
+                member.recycle_requested, member.expires = True, None
                 member.why = f"max_lifetime: {member.options.max_lifetime:g} s"
             if member.state is State.STARTING and now >= member.boot_deadline:
                 self.condemn(member.pid, Reason.BOOT_TIMEOUT, now)
         if self.stopping is Stop.NO:
             self._reduce(now)
-        found: list[Order] = [order for m in self.members.values() if (order := self._press(m, now)) is not None]
+        found: list[Order] = [order for m in self.members.values() if (order := self._escalate(m, now)) is not None]
         if self.stopping is Stop.NO:
             self._settle()
             found += self._increase(now)
@@ -385,14 +385,14 @@ class Pool:
             if m.state is State.RETIRING:
                 if m.kill_at is not None:
                     yield m.kill_at
-                if not (m.understood or m.aborted or m.killed):
+                if not (m.acknowledged or m.aborted or m.killed):
                     yield m.signal_at
         if self.stopping is Stop.NO:
             for slot, *_ in self._wanted_spawns():
                 backoff = self._slots.get(slot)
                 yield max(self._system.until, backoff.until if backoff else 0.0)
 
-    def _press(self, m: Member, now: float) -> Order | None:
+    def _escalate(self, m: Member, now: float) -> Order | None:
         """The next step of making one worker leave. The last one is repeated until it is gone."""
         if m.state is not State.RETIRING:
             return None
@@ -408,7 +408,7 @@ class Pool:
             if m.reason not in (Reason.BOOT_TIMEOUT, Reason.REQUEST_TIMEOUT):
                 m.reason = Reason.GRACEFUL_TIMEOUT
             return Abort(m.pid, m.reason)
-        if not (m.understood or m.aborted or m.killed) and now >= m.signal_at:
+        if not (m.acknowledged or m.aborted or m.killed) and now >= m.signal_at:
             m.signal_at = now + m.gap
             m.gap = min(self.LAST_GAP, m.gap * 2)
             return (Quit if m.quitting else Retire)(m.pid, m.reason or Reason.STOPPED)
@@ -425,7 +425,7 @@ class Pool:
             member.kill_at = now
             return
         member.quitting = self.stopping is Stop.FAST
-        member.understood = False
+        member.acknowledged = False
         if member.quitting or member.ready_at is None:
             # It has no request in hand, or is not to finish it.
             member.kill_at = now + self.UNHEARD
@@ -444,7 +444,7 @@ class Pool:
         excess = len(self.ready) - self.size
         leavers = [m for m in stale if m.state is State.READY][: max(0, excess)]
         for m in leavers:
-            self._retire(m, Reason.RECYCLED if m.worn else Reason.RELOADED, now)
+            self._retire(m, Reason.RECYCLED if m.recycle_requested else Reason.RELOADED, now)
         if self.candidate is not None:
             return
         surplus = len(self.serving) - self.size
@@ -505,11 +505,11 @@ class Pool:
         # The operator says that it is mended: try at once.
         for backoff in self._slots.values():
             backoff.until = 0.0
-        self.news.append((News.RELOAD_BEGINS, self.candidate))
+        self.events.append((PoolEvent.RELOAD_BEGINS, self.candidate))
 
     def _abandon(self) -> None:
         assert self.candidate is not None
-        self.news.append((News.RELOAD_FAILED, self.candidate))
+        self.events.append((PoolEvent.RELOAD_FAILED, self.candidate))
         self.candidate, self._rolling = None, False
         if self._again:
             self._begin(self._again)
@@ -520,13 +520,13 @@ class Pool:
         # Whether some are worn does not matter: a pool that recycles all the time would never settle.
         if self.candidate is not None or len(ready) < self.size or any(m.generation != self.generation for m in ready):
             return
-        if any(m.generation != self.generation and m.ready_at and not m.understood for m in self.members.values()):
+        if any(m.generation != self.generation and m.ready_at and not m.acknowledged for m in self.members.values()):
             return  # it may still accept
         if not self._announced:
             self._announced = True
-            self.news.append((News.READY, self.generation))
+            self.events.append((PoolEvent.READY, self.generation))
         if self._rolling:
             self._rolling = False
-            self.news.append((News.RELOAD_SERVES, self.generation))
+            self.events.append((PoolEvent.RELOAD_SERVES, self.generation))
             if self._again:
                 self._begin(self._again)

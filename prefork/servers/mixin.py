@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.workers.client_errors as disconnect
-import prefork.workers.intake.dispatch as chain
+import prefork.workers.client_errors as client_errors
+import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError
 from prefork.kernel.originals import refuse_patched
 from prefork.rules.worker_exit import WorkerExit
@@ -126,7 +126,7 @@ class PreforkMixIn(Settings):
         """
         show = super().handle_error  # type: ignore[misc]
         error = sys.exception()
-        if getattr(show, "__func__", None) is _SHOWS and disconnect.is_clients(request, error):
+        if getattr(show, "__func__", None) is _SHOWS and client_errors.is_clients(request, error):
             log.debug("client %s left in the middle of its request: %s", client_address or "(unnamed)", error)
         else:
             show(request, client_address)
@@ -225,7 +225,8 @@ class PreforkMixIn(Settings):
                 if deadline is not None and time.monotonic() >= deadline:
                     self.handle_timeout()
                     return
-        deferred = chain.defer_handshake(self)  # to the worker: a client that is silent in it must not hold the caller
+        # To the worker: a client that is silent in the handshake must not hold the caller.
+        deferred = dispatch.defer_handshake(self)
         try:
             request, peer = self.get_request()
         except OSError:

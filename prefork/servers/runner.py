@@ -18,21 +18,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import prefork.kernel.import_path as imports
-import prefork.kernel.listener as listeners
+import prefork.kernel.import_path as import_path
+import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
 import prefork.link.scoreboard as scoreboard
-import prefork.master.loop as master
-import prefork.master.worker_handle as crew
-import prefork.workers.intake.dispatch as chain
-import prefork.workers.lifecycle as child
+import prefork.master.loop as loop
+import prefork.master.worker_handle as worker_handle
+import prefork.workers.intake.dispatch as dispatch
+import prefork.workers.lifecycle as lifecycle
 from prefork.errors import OptionError, PreforkError
 from prefork.rules.states import Stop
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
 from prefork.workers.base import Worker
 from prefork.workers.handlers.sync import SyncWorker
-from prefork.workers.lifecycle import Seat
+from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 
@@ -96,7 +96,7 @@ def worker_class(wanted: object) -> type[Worker]:
             )
         try:
             own = module.startswith("prefork.") and module not in sys.modules
-            with imports.Own() if own else contextlib.nullcontext():
+            with import_path.Own() if own else contextlib.nullcontext():
                 found = importlib.import_module(module)
             for part in name.split("."):
                 found = getattr(found, part)
@@ -116,7 +116,7 @@ def reference(name: str) -> str:
     """The `MODULE:NAME` that a short name stands for, be it ours or an entry point's; or what it was given."""
     if ":" in name or name in CLASSES:
         return CLASSES.get(name, name)
-    with imports.Own():
+    with import_path.Own():
         from importlib.metadata import entry_points  # 20 ms, which only a foreign short name costs
 
     return next((one.value for one in entry_points(group=ENTRY_POINTS, name=name)), name)
@@ -159,11 +159,11 @@ class Service:
     def __init__(self) -> None:
         self.stopped = threading.Event()
         self._stop_requested = False
-        self._master: master.Master | None = None
-        self._detached: master.Master | None = None  # whose drain is seen through by a thread of its own
+        self._master: loop.Master | None = None
+        self._detached: loop.Master | None = None  # whose drain is seen through by a thread of its own
         self._drains = False  # after `serve()`, in that thread
         self._thread = 0
-        self._singles: list[crew.Hand] = []
+        self._singles: list[worker_handle.WorkerHandle] = []
         self._patience = 0.0  # of the last one, in seconds
         self._board: scoreboard.Scoreboard | None = None
         self._lock = threading.Lock()
@@ -171,9 +171,9 @@ class Service:
     @property
     def pids(self) -> set[int]:
         running = self._master
-        return (running.pids if running else set()) | {hand.child.pid for hand in self._singles}
+        return (running.pids if running else set()) | {handle.child.pid for handle in self._singles}
 
-    def ask(self, what: Callable[[master.Master], None]) -> None:
+    def ask(self, what: Callable[[loop.Master], None]) -> None:
         """Order something of the master, if there is one."""
         with self._lock:
             if self._master is not None:
@@ -210,21 +210,23 @@ class Service:
         fresh = [renewed(server) for server in servers]
         sockets = []
         for server, sock in zip(servers, fresh, strict=True):
-            one = listeners.Listener(sock, held=getattr(server, "_held", False), claim=getattr(server, "_claim", None))
+            one = listener.Listener(sock, held=getattr(server, "_held", False), claim=getattr(server, "_claim", None))
             # Alone, a listener is waited on by accept() itself; one of several must never block the others.
             one.open(blocking=len(servers) == 1)
             sockets.append(one)
-            log.info("listening on %s", listeners.describe(server.socket))
+            log.info("listening on %s", listener.describe(server.socket))
 
-        def start(seat: Seat, unblock: Callable[[], None]) -> int:
-            return child.main(
-                seat, lambda seat: seated(worker_class(seat.options.worker_class), servers, seat), unblock
+        def start(context: WorkerContext, unblock: Callable[[], None]) -> int:
+            return lifecycle.main(
+                context,
+                lambda context: make_worker(worker_class(context.options.worker_class), servers, context),
+                unblock,
             )
 
         hooks = Hooks(servers)
-        title = " ".join(listeners.describe(server.socket) for server in servers)
+        title = " ".join(listener.describe(server.socket) for server in servers)
         absolute = functools.partial(os.path.join, _here())  # the program may change its directory while it serves
-        running = master.Master(
+        running = loop.Master(
             sockets, options, start, hooks, title=title, settings=lambda: check(servers, absolute=absolute)
         )
         with self._lock:
@@ -252,13 +254,13 @@ class Service:
             else:
                 self._finish(running)
 
-    def _finish_drain(self, running: master.Master) -> None:
+    def _finish_drain(self, running: loop.Master) -> None:
         try:
             self._finish(running)
         finally:
             logs.end()
 
-    def _finish(self, running: master.Master) -> None:
+    def _finish(self, running: loop.Master) -> None:
         if running.pids:
             running.run()
         with self._lock:
@@ -286,19 +288,19 @@ class Service:
         while len(self._singles) >= options.workers:
             _wait(self._singles, None)
             self.reap_singles()
-        used = {hand.slot for hand in self._singles}
+        used = {handle.slot for handle in self._singles}
         slot = next(n for n in range(options.workers) if n not in used)
 
-        def start(seat: Seat, unblock: Callable[[], None]) -> int:
-            return child.main(seat, lambda seat: _single(server, seat, request, peer), unblock)
+        def start(context: WorkerContext, unblock: Callable[[], None]) -> int:
+            return lifecycle.main(context, lambda context: _single(server, context, request, peer), unblock)
 
         try:
-            hand = crew.launch(self._board, slot, 0, options, listeners.describe(server.socket), start)
+            handle = worker_handle.launch(self._board, slot, 0, options, listener.describe(server.socket), start)
         except OSError as error:
             log.error("cannot start a worker: %s", error.strerror or error)
             server.handle_error(request, peer)
         else:
-            self._singles.append(hand)
+            self._singles.append(handle)
         finally:
             server.close_request(request)
 
@@ -309,35 +311,35 @@ class Service:
             _wait(self._singles, None if end is None else max(0.0, end - time.monotonic()))
             if end is not None and time.monotonic() >= end:
                 end = None
-                for hand in self._singles:
-                    hand.child.send(signal.SIGKILL)
+                for handle in self._singles:
+                    handle.child.send(signal.SIGKILL)
             self.reap_singles()
 
     def reap_singles(self) -> None:
-        for hand in list(self._singles):
-            ended = hand.child.reap()
+        for handle in list(self._singles):
+            ended = handle.child.reap()
             if ended is None or self._board is None:
                 continue
-            hand.link.read()
+            handle.link.read()
             status, memory = ended
             reason = Reason.STOPPED if status == 0 else Reason.EXITED
             now = time.monotonic()
-            report = hand.report(self._board.read(hand.slot, now), reason, status, memory, now)
+            report = handle.report(self._board.read(handle.slot, now), reason, status, memory, now)
             if status:
-                crew.log_exit(report)
-            self._singles.remove(hand)
-            hand.release()
+                worker_handle.log_exit(report)
+            self._singles.remove(handle)
+            handle.release()
 
 
-def _wait(hands: Sequence[crew.Hand], timeout: float | None) -> None:
+def _wait(handles: Sequence[worker_handle.WorkerHandle], timeout: float | None) -> None:
     """Until one of the workers has closed its uplink, as each does at the latest when it ends."""
-    if hands:
+    if handles:
         poll = select.poll()
-        for hand in hands:
-            if hand.child.pidfd is not None:
-                poll.register(hand.child.pidfd, select.POLLIN)
+        for handle in handles:
+            if handle.child.pidfd is not None:
+                poll.register(handle.child.pidfd, select.POLLIN)
             else:
-                poll.register(hand.link.fd, 0)  # its end only; what it said is not read here
+                poll.register(handle.link.fd, 0)  # its end only; what it said is not read here
         poll.poll(None if timeout is None else timeout * 1000)
 
 
@@ -354,10 +356,10 @@ def renewed(server: Any) -> socket.socket:
     return found
 
 
-def seated(kind: type[Worker], servers: Sequence[Any], seat: Seat) -> Worker:
+def make_worker(kind: type[Worker], servers: Sequence[Any], context: WorkerContext) -> Worker:
     """In the child: a worker around its own copy of the servers."""
     logs.enter_child()  # again: a program may have closed some when it was imported
-    worker = kind(servers, seat)
+    worker = kind(servers, context)
     for server in servers:
         server.worker, server._pool = worker, None
     return worker
@@ -372,7 +374,7 @@ class _Single(SyncWorker):
         server: Any = self.server
         if server.socket_type == socket.SOCK_STREAM:
             server.socket.close()
-        chain.follow(self, server)
+        dispatch.follow(self, server)
         self.serve_request(server, *self.request)
         self.finish()
 
@@ -380,8 +382,8 @@ class _Single(SyncWorker):
         """It leaves when the request is done, as it would have anyway."""
 
 
-def _single(server: Any, seat: Seat, request: Any, peer: Any) -> Worker:
-    worker = seated(_Single, [server], seat)
+def _single(server: Any, context: WorkerContext, request: Any, peer: Any) -> Worker:
+    worker = make_worker(_Single, [server], context)
     assert isinstance(worker, _Single)
     worker.request = request, peer
     return worker

@@ -107,7 +107,7 @@ class Pool:
         self._directory = Path(tempfile.mkdtemp(prefix="prefork-"))
         self._log = self._directory / "log"
         self._refuse = mmap.mmap(-1, 1)  # shared with the child
-        with processes.undivided():
+        with processes.fork_lock():
             armed, self._lifeline = os.pipe()
             processes.private([self._lifeline])
         hear, tell = os.pipe()

@@ -19,7 +19,7 @@ from typing import Any
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.kernel.writer as writer
-import prefork.servers.mixin as server
+import prefork.servers.mixin as mixin
 from prefork.errors import PreforkError
 
 
@@ -58,7 +58,7 @@ def _redirect(log: Path) -> None:
 def make(target: Any, handler: Any, address: Any, settings: dict[str, Any], directory: Path) -> list[Any]:
     """The servers that `prefork.testing.pool()` was asked for, bound."""
     if isinstance(target, type) and issubclass(target, socketserver.BaseServer):
-        bases = (target,) if issubclass(target, server.PreforkMixIn) else (server.PreforkMixIn, target)
+        bases = (target,) if issubclass(target, mixin.PreforkMixIn) else (mixin.PreforkMixIn, target)
         kind: Any = type(target.__name__, bases, settings)
         where = _default(kind.address_family, directory) if address is None else address
         return [kind(where, handler if handler is not None else kind.RequestHandlerClass)]
@@ -95,7 +95,7 @@ def serve(build: Callable[[], list[Any]], tell: int) -> int:
             where = os.fsdecode(address) if isinstance(address, bytes) else address
             os.write(tell, json.dumps([int(sock.family), int(sock.type), where]).encode())
             os.close(tell)
-            server.serve(*servers)
+            mixin.serve(*servers)
     except PreforkError as error:
         traceback.print_exc()
         return error.exit_code

@@ -114,7 +114,7 @@ class State(ServerState):
         """uvicorn begins with none."""
 
 
-class Joining:
+class HeadBufferingTransport:
     """A transport for uvicorn's protocols that keeps the head of an answer until the body follows, or the turn of the
     loop ends, and sends both at once: uvicorn writes them one by one, and an answer of few bytes costs a seventh more
     for the second system call, and its client is woken twice.
@@ -129,7 +129,9 @@ class Joining:
 
     LARGE = 1 << 14  # bytes; to copy more of a body costs as much as another system call
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, kept: "list[Joining]") -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, kept: "list[HeadBufferingTransport]"
+    ) -> None:
         self._transport, self._soon, self._send, self._kept = transport, loop.call_soon, transport.write, kept
         self._head = b""
         self.is_closing = transport.is_closing  # asked after each answer
@@ -173,14 +175,14 @@ class Joining:
         self._transport.close()
 
 
-def _flush_all(kept: list[Joining]) -> None:
+def _flush_all(kept: list[HeadBufferingTransport]) -> None:
     some = kept[:]
     kept.clear()
     for one in some:
         one.flush()
 
 
-class Site:
+class ASGIApplication:
     """One application in one worker. Made in the worker's event loop.
 
     Parameters
@@ -236,7 +238,7 @@ class Site:
         if self.closing and scope["type"] == "http":
             send = _last_reply(send)
         requests = self._requests
-        if requests.shown is not None:
+        if requests.published is not None:
             request = self._free(scope["client"]).begin()
             try:
                 return await self._app(scope, receive, send)
@@ -251,7 +253,7 @@ class Site:
         except (TypeError, ValueError):  # of a protocol that was set in `uvicorn_options`
             board.set_peer(client)
         start = monotonic()
-        requests.shown = self
+        requests.published = self
         board.floats[BUSY_SINCE] = start
         try:
             return await self._app(scope, receive, send)
@@ -266,7 +268,7 @@ class Site:
             if requests.open:
                 requests.show_oldest()
             else:
-                requests.shown = None
+                requests.published = None
                 floats[BUSY_SINCE] = 0.0
             if count >= requests.limit:
                 requests.look(count, end)
@@ -286,13 +288,13 @@ class Site:
 
 
 def _joining(protocol: Any, loop: asyncio.AbstractEventLoop) -> Any:
-    """A protocol whose transport is a `Joining` one."""
+    """A protocol whose transport is a `HeadBufferingTransport` one."""
 
-    kept: list[Joining] = []
+    kept: list[HeadBufferingTransport] = []
 
     def connection_made(self: Any, transport: asyncio.Transport) -> None:
         try:
-            protocol.connection_made(self, Joining(loop, transport, kept))
+            protocol.connection_made(self, HeadBufferingTransport(loop, transport, kept))
         except Exception:  # the system has refused to tell its address: nothing would ever end this connection
             self.connections.discard(self)
             transport.abort()

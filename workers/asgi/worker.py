@@ -21,8 +21,8 @@ from typing import Any
 import prefork.kernel.logs as logs
 from prefork.errors import OptionError
 from prefork.workers.eventloop.base import TURN, LoopWorker, bared
-from prefork.workers.eventloop.listener_gate import Gate
-from prefork.workers.intake.acceptor import FULL
+from prefork.workers.eventloop.listener_gate import ListenerGate
+from prefork.workers.intake.acceptor import RESOURCE_ERRORS
 
 try:
     import prefork.workers.asgi.application as site
@@ -72,11 +72,11 @@ class ASGIWorker(LoopWorker):
     async def _start(self) -> None:
         self._connections = site.Connections(self.loop, lambda: self._gate.freed())
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sites: dict[int, site.Site] = {}
+        self._sites: dict[int, site.ASGIApplication] = {}
         for server in self.servers:
             app = server.RequestHandlerClass
             if id(app) not in self._sites:
-                made = site.Site(app, self, self.uvicorn_options, self._accesses)
+                made = site.ASGIApplication(app, self, self.uvicorn_options, self._accesses)
                 made.state.connections, made.state.tasks = self._connections, self._tasks
                 await made.lifespan.start()
                 self._sites[id(app)] = made
@@ -85,7 +85,9 @@ class ASGIWorker(LoopWorker):
         self._opening = 0  # accepted, and not among the connections yet
         self._handshakes: set[asyncio.Task[Any]] = set()  # of these, those that speak TLS
         self._doors = {id(one): (self._sites[id(one.RequestHandlerClass)].protocol, bared(one)) for one in self.servers}
-        self._gate = Gate(self.loop, self.acceptor, self.share, self._take, self._held, self.options.max_connections)
+        self._gate = ListenerGate(
+            self.loop, self.acceptor, self.share, self._take, self._held, self.options.max_connections
+        )
 
     def run(self) -> None:
         self._turning = True
@@ -206,7 +208,7 @@ class ASGIWorker(LoopWorker):
                     if not self._take(fd):
                         break
                 except OSError as error:
-                    if error.errno not in FULL:
+                    if error.errno not in RESOURCE_ERRORS:
                         raise
                     self.acceptor.say_full(error)
                     return self.pool_drains

@@ -9,12 +9,12 @@ from time import monotonic
 from typing import Any
 
 import prefork.kernel.logs as logs
-import prefork.workers.client_errors as disconnect
-import prefork.workers.eventloop.handlers as coroutines
+import prefork.workers.client_errors as client_errors
+import prefork.workers.eventloop.handlers as handlers
 from prefork.errors import OptionError
 from prefork.workers.eventloop.base import TURN, LoopWorker, bared
-from prefork.workers.eventloop.listener_gate import Gate
-from prefork.workers.intake.acceptor import FULL, PAUSE
+from prefork.workers.eventloop.listener_gate import ListenerGate
+from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS
 
 log = logs.get("prefork")
 
@@ -43,7 +43,7 @@ class AsyncioWorker(LoopWorker):
     @classmethod
     def check(cls, server: Any) -> None:
         super().check(server)
-        coroutines.check_handler(getattr(server, "RequestHandlerClass", None), server.socket_type)
+        handlers.check_handler(getattr(server, "RequestHandlerClass", None), server.socket_type)
         for name in ("process_request", "finish_request", "shutdown_request", "close_request"):
             stock = (
                 getattr(kind, name)
@@ -69,7 +69,7 @@ class AsyncioWorker(LoopWorker):
         self._room = asyncio.Event()
         self._tls = {id(server): bared(server) for server in self.servers}
         limit = self.options.max_connections
-        self._gate = Gate(self.loop, self.acceptor, self.share, self._take, lambda: len(self._tasks), limit)
+        self._gate = ListenerGate(self.loop, self.acceptor, self.share, self._take, lambda: len(self._tasks), limit)
 
     def run(self) -> None:
         self._turning = True
@@ -145,7 +145,7 @@ class AsyncioWorker(LoopWorker):
                         break
                 except OSError as error:
                     self.acceptor.say_full(error)
-                    if error.errno not in FULL or not self.pool_drains:
+                    if error.errno not in RESOURCE_ERRORS or not self.pool_drains:
                         break
                     await asyncio.sleep(PAUSE)
                 await asyncio.sleep(0)
@@ -180,7 +180,7 @@ class AsyncioWorker(LoopWorker):
                 try:
                     await server.RequestHandlerClass((reader, writer), peer, server).serve()
                 except Exception as error:
-                    disconnect.look_at_stream(protocol, reader.exception(), error)
+                    client_errors.look_at_stream(protocol, reader.exception(), error)
                     server.handle_error(request, peer)
                 await _sent(writer)
             writer.close()
@@ -197,7 +197,7 @@ class AsyncioWorker(LoopWorker):
     async def _streams(
         self, server: Any, request: socket.socket
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, asyncio.BaseProtocol]:
-        reader = asyncio.StreamReader(coroutines.unwrapped(server.RequestHandlerClass).limit, self.loop)
+        reader = asyncio.StreamReader(handlers.unwrapped(server.RequestHandlerClass).limit, self.loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
         try:
             transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, request, **self._tls[id(server)])

@@ -18,8 +18,8 @@ from prefork.errors import RequestTimeout
 from prefork.kernel.originals import refuse_patched
 from prefork.workers.accounting import FreeRequest, Request
 from prefork.workers.base import Worker
-from prefork.workers.intake.acceptor import FULL
-from prefork.workers.intake.balance import Share
+from prefork.workers.intake.acceptor import RESOURCE_ERRORS
+from prefork.workers.intake.balance import ConnectionBalancer
 
 try:
     import uvloop
@@ -137,7 +137,7 @@ class LoopWorker(Worker):
         connection in its epoll: nobody would ever hear of that connection again. (uvloop leaves all of it to libuv.)"""
         error, callback = context.get("exception"), getattr(context.get("handle"), "_callback", None)
         transport, acceptor = getattr(callback, "__self__", None), self._acceptor
-        is_full = isinstance(error, OSError) and error.errno in FULL
+        is_full = isinstance(error, OSError) and error.errno in RESOURCE_ERRORS
         if acceptor is not None and isinstance(transport, asyncio.Transport) and is_full:
             acceptor.say_full(context["exception"], "wait for one more connection", "it is closed")
             transport.abort()
@@ -145,9 +145,9 @@ class LoopWorker(Worker):
             loop.default_exception_handler(context)
 
     @functools.cached_property
-    def share(self) -> Share:
+    def share(self) -> ConnectionBalancer:
         """What this worker has of what the pool holds."""
-        return Share(self.acceptor.fds, self.servers, self._requests)
+        return ConnectionBalancer(self.acceptor.fds, self.servers, self._requests)
 
     def expired(self) -> None:
         """The loop has not turned for `slack` seconds after a request was due. Whatever was raised here might hit a

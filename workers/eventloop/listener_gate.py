@@ -22,14 +22,14 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from prefork.workers.intake.acceptor import FULL, PAUSE, Acceptor
-from prefork.workers.intake.balance import ASIDE, OURS, PATIENCE, THEIRS, Share
+from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
+from prefork.workers.intake.balance import ASIDE, PATIENCE, TAKE, YIELD, ConnectionBalancer
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 BATCH = 8  # taken in one turn of the loop, where so many wait; with 1 a connection under load costs a third more
 
 
-class Gate:
+class ListenerGate:
     """What stands between the listeners of an acceptor and an event loop. It is open while there is room for another;
     where the system has none it pauses.
 
@@ -53,7 +53,7 @@ class Gate:
         self,
         loop: asyncio.AbstractEventLoop,
         acceptor: Acceptor,
-        share: Share,
+        share: ConnectionBalancer,
         take: Callable[[int], bool],
         held: Callable[[], int],
         limit: int,
@@ -125,9 +125,9 @@ class Gate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
-        whose, brief = OURS, self._are_brief()
+        whose, brief = TAKE, self._are_brief()
         try:
-            while whose == OURS and self._taken < BATCH and self._take(fd):
+            while whose == TAKE and self._taken < BATCH and self._take(fd):
                 self._taken += 1
                 held = self._held()
                 if brief or held >= self._limit:
@@ -140,7 +140,7 @@ class Gate:
         except OSError as error:
             self._close_after(error)
         if self._taken:
-            self._step_out(fd, whose == THEIRS)
+            self._step_out(fd, whose == YIELD)
 
     def _are_brief(self) -> bool:
         """Whether connections end so soon that there is nothing to share out: since the last batch, a moment ago, as
@@ -153,7 +153,7 @@ class Gate:
 
     def _close_after(self, error: OSError) -> None:
         """For a moment, where the system has no room; else for good: the program has closed a listener."""
-        if error.errno in FULL:
+        if error.errno in RESOURCE_ERRORS:
             self._acceptor.say_full(error)
             if not self._paused:
                 self._paused = True
@@ -189,7 +189,7 @@ class Gate:
     def _look(self, fd: int) -> None:
         """Whether what was left to siblings still is theirs: they may have taken it, or have more by now."""
         self._stop_looking(fd)
-        if fd in self._outside and self._share.whose(fd, self._held(), single=False) == THEIRS:
+        if fd in self._outside and self._share.whose(fd, self._held(), single=False) == YIELD:
             self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
         else:
             self._rejoin_soon(fd)

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 from prefork.errors import OptionError
-from prefork.workers.intake.acceptor import FULL, PAUSE, Acceptor, Taken, Taker
+from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Accepted, Acceptor, Taker
 
 log = logs.get("prefork")
 
@@ -93,7 +93,7 @@ def _declared(handler: Any) -> object:
 
 @dataclass(slots=True)
 class _Waiting:
-    taken: Taken
+    taken: Accepted
     check: Check
     since: float
 
@@ -146,7 +146,7 @@ class Filter:
         """The worker is told to leave. From a signal handler."""
         self._until = monotonic() + self._last_word
 
-    def take(self) -> Taken | None:
+    def take(self) -> Accepted | None:
         """The next connection whose request is there, or what needs no check. None when this worker is to take no more.
 
         Nobody is left waiting by then.
@@ -156,7 +156,7 @@ class Filter:
                 return found
         return self._take_last()
 
-    def _turn(self) -> Taken | None:
+    def _turn(self) -> Accepted | None:
         wait = -1.0
         if self._waiting or self._resume_at:
             now = monotonic()
@@ -176,12 +176,12 @@ class Filter:
                 return self._take(fd)
         return None
 
-    def _take(self, fd: int) -> Taken | None:
+    def _take(self, fd: int) -> Accepted | None:
         acceptor, found = self._acceptor, None
         try:
             taken = acceptor.try_take(fd)
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in RESOURCE_ERRORS:
                 acceptor.say_full(error)
                 return self._make_room()
             self._end(error)
@@ -196,7 +196,7 @@ class Filter:
                 # Who was faster was perhaps woken for another listener, and nobody else will be for that one.
                 acceptor.look_again(self._epoll)
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in RESOURCE_ERRORS:
                 acceptor.say_full(error)
                 self._pause()
             else:
@@ -209,7 +209,7 @@ class Filter:
         self._acceptor.poll_without(self._epoll)
         self._failed(error)
 
-    def _make_room(self) -> Taken | None:
+    def _make_room(self) -> Accepted | None:
         if self._first_is_old():
             return self._drop_first()
         self._pause()
@@ -224,14 +224,14 @@ class Filter:
         try:
             self._acceptor.poll_with(self._epoll)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in RESOURCE_ERRORS:
                 raise
             self._acceptor.say_full(error)
             self._resume_at = monotonic() + PAUSE
 
     # -- connections that wait -------------------------------------------------------------------------------------
 
-    def _welcome(self, taken: Taken) -> Taken | None:
+    def _welcome(self, taken: Accepted) -> Accepted | None:
         """A new connection: give it out, or have it wait."""
         server, request, _ = taken
         check = self._checks.get(server)
@@ -247,7 +247,7 @@ class Filter:
         self._waiting[request.fileno()] = _Waiting(taken, check, now)
         return None
 
-    def _hear(self, fd: int, events: int) -> Taken | None:
+    def _hear(self, fd: int, events: int) -> Accepted | None:
         """More has come, or the end."""
         one = self._waiting[fd]
         if events == select.EPOLLIN and not self._is_there(one.taken, one.check):
@@ -255,7 +255,7 @@ class Filter:
         self._remove(fd)
         return one.taken
 
-    def _is_there(self, taken: Taken, check: Check) -> bool:
+    def _is_there(self, taken: Accepted, check: Check) -> bool:
         server, request, _ = taken
         try:
             # With a timeout a socket would wait for it, whatever the flags say.
@@ -275,7 +275,7 @@ class Filter:
             log.exception("worker %d: %s.%s(); the handler is to see to it", self._worker.slot, name, NAME)
             return True
 
-    def _expire(self, now: float) -> Taken | None:
+    def _expire(self, now: float) -> Accepted | None:
         self._due = next(iter(self._waiting.values())).since + self._patience
         return self._drop_first() if self._due <= now else None
 
@@ -283,7 +283,7 @@ class Filter:
         first = next(iter(self._waiting.values()), None)
         return first is not None and monotonic() - first.since >= _MOMENT
 
-    def _drop_first(self) -> Taken | None:
+    def _drop_first(self) -> Accepted | None:
         """Close the one that has waited longest, unless something has come that was not looked at yet."""
         fd, one = next(iter(self._waiting.items()))
         self._remove(fd)
@@ -302,7 +302,7 @@ class Filter:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _take_last(self) -> Taken | None:
+    def _take_last(self) -> Accepted | None:
         """What is queued, and who waits: their requests may be on the way."""
         if self._looks is None:
             # Alone, once: a wake-up that the kernel gave to this worker only must not be lost with it.
@@ -322,14 +322,14 @@ class Filter:
                     return found
         return None
 
-    def _look_last(self, looks: list[list[int]]) -> Taken | None:
+    def _look_last(self, looks: list[list[int]]) -> Accepted | None:
         one = looks[-1]
         one[1] -= 1
         taken = None
         try:
             taken = self._acceptor.try_take(one[0]) if one[1] >= 0 else None
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in RESOURCE_ERRORS:
                 self._acceptor.say_full(error)
                 if self._first_is_old():
                     return self._drop_first()

@@ -7,7 +7,7 @@ from time import monotonic
 from typing import Any
 
 import prefork.link.scoreboard as scoreboard
-import prefork.workers.intake.dispatch as chain
+import prefork.workers.intake.dispatch as dispatch
 from prefork.kernel.originals import refuse_patched
 from prefork.workers.base import Worker
 from prefork.workers.intake.acceptor import Take, has_plain_peers
@@ -23,7 +23,7 @@ class SyncWorker(Worker):
     @classmethod
     def check(cls, server: Any) -> None:
         super().check(server)
-        if chain.hands_over(server):
+        if dispatch.hands_over(server):
             refuse_patched(("threading",), f"{type(server).__name__}.process_request()", "leave ThreadingMixIn out")
 
     def run(self) -> None:
@@ -43,7 +43,7 @@ class SyncWorker(Worker):
         shutdown = server.shutdown_request
         process = _shortest(server)
         requests = self._requests
-        ints, floats = requests.lend()
+        ints, floats = requests.enter_fast_path()
         since, due, count_at, spent = (
             scoreboard.BUSY_SINCE,
             scoreboard.DEADLINE,
@@ -78,7 +78,7 @@ class SyncWorker(Worker):
                 try:
                     process(request, peer)
                 except Exception:
-                    chain.failed(server, request, peer)
+                    dispatch.failed(server, request, peer)
                 except BaseException:
                     shutdown(request)
                     raise
@@ -93,10 +93,10 @@ class SyncWorker(Worker):
                 if count >= limit:
                     self._look(count, end)
         except ValueError as error:
-            if requests.lent is not None or error.__traceback__.tb_next is not None:  # type: ignore[union-attr]
+            if requests.fast_path_cells is not None or error.__traceback__.tb_next is not None:  # type: ignore[union-attr]
                 raise  # of what is called here, no store
-        if requests.lone.thread:
-            requests.lone.end()
+        if requests.fast_path_request.thread:
+            requests.fast_path_request.end()
         else:
             requests.show_again()  # not the client of this one, which was stored already
             self.serve_request(server, request, peer)
@@ -120,7 +120,7 @@ _DATAGRAM = _CHAIN | {
 def _shortest(server: Any) -> Callable[[Any, Any], object]:
     """The cheapest call that does what `verify_request()` and `process_request()` of the server do."""
     process = _shortest_process(server)
-    verify = chain.verifier(server)
+    verify = dispatch.verifier(server)
     if verify is None:
         return process
 
@@ -136,9 +136,9 @@ def _shortest(server: Any) -> Callable[[Any, Any], object]:
 def _shortest_process(server: Any) -> Callable[[Any, Any], object]:
     """Of the stock chain a connection passes through four methods, which is 2 % of what it costs, and a datagram
     through four that do nothing."""
-    if chain.is_stock(server, _DATAGRAM):
+    if dispatch.is_stock(server, _DATAGRAM):
         return lambda request, peer: server.RequestHandlerClass(request, peer, server)
-    if not chain.is_stock(server, _STREAM):
+    if not dispatch.is_stock(server, _STREAM):
         process: Callable[[Any, Any], object] = server.process_request
         return process
     end_of_stream = socket.SHUT_WR

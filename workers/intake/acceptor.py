@@ -37,10 +37,10 @@ from prefork.kernel.originals import select, socket, time
 log = logs.get("prefork")
 
 Take = Callable[[], tuple[Any, Any]]
-Taken = tuple[Any, Any, Any]  # server, request, peer
+Accepted = tuple[Any, Any, Any]  # server, request, peer
 
 # The system has no room, which may pass: for a descriptor, or (ENOSPC, ENOMEM) for one more that an epoll waits for.
-FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC)
+RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC)
 _NO_WATCH = "the user waits for as much as fs.epoll.max_user_watches allows"  # epoll_ctl(2); errno tells of a full disk
 PAUSE = 0.05  # seconds without accepting while the system is full
 ROOM = 0.002  # seconds between two looks whether a client has made room for an answer
@@ -71,7 +71,7 @@ class Acceptor:
         self._worker, self._board = worker, board
         # As they were inherited; a taker of datagrams puts another socket into its server.
         self.fds: list[int] = [_listener(server).fileno() for server in servers]
-        self.takes: list[Take] = [taker(server, board) for server in servers]
+        self.takes: list[Take] = [make_accept(server, board) for server in servers]
         self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))
         self._unix = {fd for fd, server in zip(self.fds, servers, strict=True) if _is_local(server)}
         self._said = 0.0
@@ -96,11 +96,11 @@ class Acceptor:
             os.dup2(self._null, self.fds[0], inheritable=False)
             self._left = True
 
-    def take(self) -> Taken | None:
+    def take(self) -> Accepted | None:
         """The next connection or datagram: (server, request, peer). None when this worker is to take no more."""
         return self._take_one() if self._wait is None else self._take_of_several()
 
-    def _take_one(self) -> Taken | None:
+    def _take_one(self) -> Accepted | None:
         ((server, take),) = self._takers.values()
         while True:
             try:
@@ -118,7 +118,7 @@ class Acceptor:
             # A listener with a timeout does not say EAGAIN. A handshake that took too long is no end of the queue.
             silent = isinstance(error, TimeoutError) and not processes.readable(self.fds[0])
             # The kernel looks for a descriptor first, and then for a connection: there may be nobody to give it to.
-            vain = error.errno in FULL and (self._left or not processes.readable(self.fds[0]))
+            vain = error.errno in RESOURCE_ERRORS and (self._left or not processes.readable(self.fds[0]))
             if silent or vain or error.errno in _OVER:
                 worker.draining = True
                 return True
@@ -131,7 +131,7 @@ class Acceptor:
             poll = select.poll()
             poll.register(self.fds[0], select.POLLIN)
             poll.poll(PAUSE * 1000)
-        elif error.errno in FULL:
+        elif error.errno in RESOURCE_ERRORS:
             self.say_full(error)
             time.sleep(PAUSE)
         # ECONNABORTED, EPROTO, a failed handshake: that client is gone, the next one is not.
@@ -147,7 +147,7 @@ class Acceptor:
 
     # -- several listeners -----------------------------------------------------------------------------------------
 
-    def _take_of_several(self) -> Taken | None:
+    def _take_of_several(self) -> Accepted | None:
         assert self._wait is not None
         while not self._worker.draining:
             while self._ready and not self._worker.draining:
@@ -161,7 +161,7 @@ class Acceptor:
                 self._ready = [fd for fd in self._wait() if fd in self._takers]
         return self._last()
 
-    def _last(self) -> Taken | None:
+    def _last(self) -> Accepted | None:
         """A wake-up that the kernel gave to this worker alone must not be lost with it: look once more. Not longer: it
         serves one after the other, and a long queue would keep it past `graceful_timeout`."""
         if self._looks is None:
@@ -179,11 +179,11 @@ class Acceptor:
         """How many a worker that leaves may still take from a listener: when the whole pool stops, all there are."""
         return sys.maxsize if self._worker.pool_drains else _LAST_LOOK
 
-    def _taken_from(self, fd: int) -> Taken | None:
+    def _taken_from(self, fd: int) -> Accepted | None:
         try:
             taken = self.try_take(fd)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in RESOURCE_ERRORS:
                 raise
             self.say_full(error)
             time.sleep(PAUSE)
@@ -201,7 +201,7 @@ class Acceptor:
         try:
             self.step_back(self._epoll, fd)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in RESOURCE_ERRORS:
                 raise
             self.say_full(error, "wait for a listener", "it looks at times, and tries again")
             self._outside.add(fd)
@@ -255,7 +255,7 @@ class Acceptor:
         Raises
         ------
         OSError
-            One of `FULL`: the epoll waits for none of them now; wait `PAUSE` seconds, `say_full()`.
+            One of `RESOURCE_ERRORS`: the epoll waits for none of them now; wait `PAUSE` seconds, `say_full()`.
         """
         try:
             for fd in self.in_turn():
@@ -280,7 +280,7 @@ class Acceptor:
                 self._make_by(type("socket", (socket.socket,), told), server)
 
     def _make_by(self, make: Callable[..., Any], server: Any) -> None:
-        self._takers[_listener(server).fileno()] = server, taker(server, self._board, make)
+        self._takers[_listener(server).fileno()] = server, make_accept(server, self._board, make)
 
     def poll_without(self, epoll: "select.epoll") -> None:
         """Wait for them no more."""
@@ -294,7 +294,8 @@ class Acceptor:
         Raises
         ------
         OSError
-            One of `FULL`: the epoll may wait for it no more; `poll_without()`, and so on as for `poll_with()`.
+            One of `RESOURCE_ERRORS`: the epoll may wait for it no more; `poll_without()`, and so on as for
+            `poll_with()`.
         """
         try:  # noqa: SIM105  a context manager is dearer than the call; below, too
             epoll.unregister(fd)
@@ -314,13 +315,13 @@ class Acceptor:
         for fd in self.fds:
             self.step_back(epoll, fd)
 
-    def try_take(self, fd: int) -> Taken | None:
+    def try_take(self, fd: int) -> Accepted | None:
         """One connection or datagram from a listener that was readable; None where somebody else was faster.
 
         Raises
         ------
         OSError
-            One of `FULL`: wait `PAUSE` seconds, `say_full()`. Others: the program has closed the listener.
+            One of `RESOURCE_ERRORS`: wait `PAUSE` seconds, `say_full()`. Others: the program has closed the listener.
         """
         server, take = self._takers[fd]
         try:
@@ -328,7 +329,7 @@ class Acceptor:
         except OSError as error:
             # A Unix listener that was shut down because the whole pool stops says EINVAL, maybe before TERM has come.
             leaving = self._worker.draining or self._worker.pool_drains
-            if error.errno in FULL:
+            if error.errno in RESOURCE_ERRORS:
                 if processes.readable(fd):
                     raise
                 return None  # the kernel looks for a descriptor first; there is nobody to give it to
@@ -364,7 +365,7 @@ def has_plain_peers(server: Any) -> bool:
     return stock(server) and server.socket.family in (socket.AF_INET, socket.AF_INET6)
 
 
-def taker(server: Any, board: scoreboard.Slot, make: Callable[..., Any] = socket.socket) -> Take:
+def make_accept(server: Any, board: scoreboard.Slot, make: Callable[..., Any] = socket.socket) -> Take:
     """The cheapest call that does what the server's `get_request()` does. `make` makes connections."""
     get_request: Take = server.get_request
     listener = server.socket

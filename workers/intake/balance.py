@@ -20,7 +20,7 @@ ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings
 PATIENCE = 0.01  # seconds for which it is: a busy machine lets who was woken wait so long
 
 # Whose what is queued is.
-NOBODYS, OURS, THEIRS = range(3)
+EMPTY, TAKE, YIELD = range(3)
 
 _TCP_INFO = socket.TCP_INFO if sys.platform == "linux" else -1
 _UNACKED = slice(24, 28)  # tcpi_unacked, which of a listener is the length of its queue
@@ -32,7 +32,7 @@ class Accounts(Protocol):
     board: scoreboard.Slot
 
 
-class Share:
+class ConnectionBalancer:
     """What one worker has of what the pool holds.
 
     Parameters
@@ -57,11 +57,11 @@ class Share:
         return int(processes.readable(fd))  # a fraction of what a vain accept costs
 
     def whose(self, fd: int, held: int, single: bool) -> int:
-        """Whose the queue of a listener is: `NOBODYS` (it is empty), `OURS`, or rather `THEIRS`, of the siblings.
+        """Whose the queue of a listener is: `EMPTY` (it is empty), `TAKE`, or rather `YIELD`, of the siblings.
 
         To be asked after a take. The one that was taken stays, so its worker was quick; a sibling that the kernel has
         woken for the next one may not have run yet. As long as one is free and this worker has its share, leave the
-        queue alone and ask again after `ASIDE` seconds. In vain for `PATIENCE` seconds, it is `OURS` for as long.
+        queue alone and ask again after `ASIDE` seconds. In vain for `PATIENCE` seconds, it is `TAKE` for as long.
 
         Parameters
         ----------
@@ -74,11 +74,11 @@ class Share:
         queued = self.queued(fd)
         if not queued or not self._accounts.board.has_share(held, queued, single):
             self._since[fd] = 0.0
-            return OURS if queued else NOBODYS
+            return TAKE if queued else EMPTY
         now = monotonic()
         if now - self._since[fd] >= 2 * PATIENCE:
             self._since[fd] = now
-        return THEIRS if now - self._since[fd] < PATIENCE else OURS
+        return YIELD if now - self._since[fd] < PATIENCE else TAKE
 
 
 def _length(server: Any) -> int | None:

@@ -85,7 +85,7 @@ class Limits:
     MAX_KEPT = 10_000  # requests on one connection
 
 
-class Site:
+class ListenerContext:
     """What all connections of one listener share.
 
     Parameters
@@ -125,7 +125,8 @@ class Request:
     `keep`: the client wants the connection kept. `early`: the application is called before the body is complete; like
     `size` and `expects` it is there where the head tells of a body or the like.
 
-    Set by who makes one (`Site.make`), not by an `__init__`: a call from C into Python costs as much as all of it.
+    Set by who makes one (`ListenerContext.make`), not by an `__init__`: a call from C into Python costs as much as all
+    of it.
     """
 
     __slots__ = ("body", "complete", "early", "environ", "expects", "http11", "keep", "method", "size", "target")
@@ -176,7 +177,7 @@ class Connection:
         *("_switches", "_target", "_tells"),
     )
 
-    def __init__(self, site: Site, sock: socket.socket, peer: Any) -> None:
+    def __init__(self, site: ListenerContext, sock: socket.socket, peer: Any) -> None:
         self.site, self.sock, self.peer = site, sock, peer
         self.fd = sock.fileno()
         self.requests: list[Request] = []

@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
-import prefork.kernel.host_port as addresses
+import prefork.kernel.host_port as host_port
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 from prefork.kernel.originals import refuse_patched, select
 from prefork.workers.base import Worker
-from prefork.workers.intake.acceptor import FULL, PAUSE
-from prefork.workers.intake.balance import ASIDE, THEIRS, Share
-from prefork.workers.lifecycle import Seat
-from prefork.workers.wsgi.parser import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, Site
+from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS
+from prefork.workers.intake.balance import ASIDE, YIELD, ConnectionBalancer
+from prefork.workers.lifecycle import WorkerContext
+from prefork.workers.wsgi.parser import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, ListenerContext
 from prefork.workers.wsgi.response import Clock, refusal
-from prefork.workers.wsgi.threads import NEVER, Turns
+from prefork.workers.wsgi.threads import NEVER, LeaderFollowers
 
 log = logs.get("prefork")
 
@@ -49,7 +49,7 @@ class PollingWorker(Limits, Worker):
     LAST_WORD = 0.5  # seconds for which a leaving worker still expects a next request from a client, since the last one
     FIRST_WORD = 2.0  # the same for a first request, since the connection
 
-    def site(self, server: Any) -> Site:
+    def site(self, server: Any) -> ListenerContext:
         """What the connections of one listener share."""
         raise NotImplementedError
 
@@ -60,9 +60,9 @@ class PollingWorker(Limits, Worker):
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, servers: Sequence[Any], seat: Seat) -> None:
+    def __init__(self, servers: Sequence[Any], context: WorkerContext) -> None:
         # Not in setup(), which belongs to subclasses.
-        super().__init__(servers, seat)
+        super().__init__(servers, context)
         self.threads = self.options.threads or 1
         if self.threads > 1:
             refuse_patched(("threading",), "wsgi with threads", "set threads to 1")
@@ -84,7 +84,7 @@ class PollingWorker(Limits, Worker):
         self._forked = False
         os.register_at_fork(after_in_parent=self._has_forked)
         # With threads.
-        self._turns = Turns(self)
+        self._turns = LeaderFollowers(self)
         self._giving = threading.Lock()  # against a turn that looks at what is just given back, or closed
 
     def _has_forked(self) -> None:
@@ -101,7 +101,7 @@ class PollingWorker(Limits, Worker):
     def run(self) -> None:
         acceptor = self.acceptor
         self._listeners = set(acceptor.fds)
-        self._share = Share(acceptor.fds, self.servers, self._requests)
+        self._share = ConnectionBalancer(acceptor.fds, self.servers, self._requests)
         for server, site in self._sites.items():
             if site.verify is None:
                 acceptor.take_bare(server)
@@ -218,7 +218,7 @@ class PollingWorker(Limits, Worker):
                 self._pause_if_full(error)
 
     def _pause_if_full(self, error: OSError) -> None:
-        if error.errno not in FULL:
+        if error.errno not in RESOURCE_ERRORS:
             raise error
         self.acceptor.say_full(error)
         self._stop_accepting(monotonic() + PAUSE)
@@ -241,13 +241,13 @@ class PollingWorker(Limits, Worker):
         self._resume_at, self._aside = resume_at, aside
 
     def _is_theirs(self, fd: int) -> bool:
-        return self._share.whose(fd, len(self._connections), single=self.threads == 1) == THEIRS
+        return self._share.whose(fd, len(self._connections), single=self.threads == 1) == YIELD
 
     def _accept_again(self) -> None:
         try:
             self.acceptor.poll_with(self._epoll)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in RESOURCE_ERRORS:
                 raise
             self.acceptor.say_full(error)
             self._resume_at, self._aside = monotonic() + PAUSE, -1
@@ -403,7 +403,7 @@ class PollingWorker(Limits, Worker):
 
     def refused(self, connection: Connection, size: int) -> None:
         """It was told of its `fault`, with a body of this size. Say so, before another thread may have it."""
-        peer, reason = addresses.of_peer(connection.peer), connection.reason
+        peer, reason = host_port.of_peer(connection.peer), connection.reason
         log.info("worker %d: refused %d from %s: %s", self.slot, connection.fault, peer, reason)
 
     def linger(self, connection: Connection) -> None:

@@ -68,7 +68,7 @@ class Host(Protocol):
         """Look at deadlines alone."""
 
 
-class Turns:
+class LeaderFollowers:
     """Serves what its host's turns bring in `host.threads` threads."""
 
     PATIENCE = 0.002  # seconds; a request is short if it takes less

@@ -13,15 +13,25 @@ from time import monotonic
 from typing import Any
 
 import prefork.kernel.logs as logs
-import prefork.workers.intake.dispatch as chain
+import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError, RequestTimeout
 from prefork.kernel.originals import select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
-from prefork.workers.lifecycle import Seat
+from prefork.workers.lifecycle import WorkerContext
 
 try:
     from prefork.workers.wsgi.access_log import AccessLog
-    from prefork.workers.wsgi.parser import BODY, HEAD, IDLE, READ, Body, Connection, Request, Site, server_name
+    from prefork.workers.wsgi.parser import (
+        BODY,
+        HEAD,
+        IDLE,
+        READ,
+        Body,
+        Connection,
+        ListenerContext,
+        Request,
+        server_name,
+    )
     from prefork.workers.wsgi.polling import PollingWorker
     from prefork.workers.wsgi.response import FileWrapper, Gone, Response
 except ModuleNotFoundError as error:
@@ -53,19 +63,19 @@ class WSGIWorker(PollingWorker):
             raise OptionError(f"RequestHandlerClass: {application!r} is no WSGI application: it cannot be called")
         if hasattr(server.socket, "do_handshake"):
             raise OptionError("worker_class: wsgi speaks no TLS; let a proxy do that, such as nginx or haproxy")
-        if chain.hands_over(server):
+        if dispatch.hands_over(server):
             raise OptionError(
                 f"{type(server).__name__} overrides process_request(), which wsgi has no use for; set threads"
             )
 
-    def __init__(self, servers: Sequence[Any], seat: Seat) -> None:
-        super().__init__(servers, seat)
+    def __init__(self, servers: Sequence[Any], context: WorkerContext) -> None:
+        super().__init__(servers, context)
         self._access = AccessLog(self.options.access_log) if self.options.access_log else None
         self._count, self._spent = 0, 0.0  # requests, and seconds in them, of a thread that is the only one
         if self.threads == 1:
-            self._ints, self._floats = self._requests.lend()
+            self._ints, self._floats = self._requests.enter_fast_path()
 
-    def site(self, server: Any) -> Site:
+    def site(self, server: Any) -> ListenerContext:
         address = server.socket.getsockname()
         name, port = server_name(address)
         if isinstance(address, tuple):
@@ -89,8 +99,8 @@ class WSGIWorker(PollingWorker):
         }
         keep = self.MAX_KEPT if self.options.keepalive_timeout else 0
         make = Response.maker(self)
-        site = Site(server.RequestHandlerClass, base, self, self.options.max_body, keep, make)
-        site.verify = chain.verifier(server)
+        site = ListenerContext(server.RequestHandlerClass, base, self, self.options.max_body, keep, make)
+        site.verify = dispatch.verifier(server)
         return site
 
     def serve(self, connection: Connection) -> None:
@@ -102,7 +112,7 @@ class WSGIWorker(PollingWorker):
             plain = request.complete and not request.body
             request.environ["wsgi.input"] = BytesIO() if plain else self._input(connection, request)
             try:
-                if self._requests.lent is None or not self._run_alone(connection, request):
+                if self._requests.fast_path_cells is None or not self._run_alone(connection, request):
                     with self.serving(connection.peer):
                         self.begun(connection)
                         request.run(connection.site.application)
@@ -159,7 +169,7 @@ class WSGIWorker(PollingWorker):
                 floats[BUSY_TIME] = spent
                 floats[BUSY_SINCE] = 0.0
             except ValueError:
-                self._requests.lone.end()
+                self._requests.fast_path_request.end()
             else:
                 if count >= self._limit:
                     self._look(count, end)
