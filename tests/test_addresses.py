@@ -9,9 +9,9 @@ import pytest
 import prefork.kernel.host_port as host_port
 import prefork.kernel.listener as listener
 from prefork.link.scoreboard import Scoreboard
-from programs2.scripts import Start, path_of_modules
 from support import Address, Program, patterns
 from support.clients import has_ipv6
+from support.scripts import Start, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

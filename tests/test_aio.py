@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import prefork
-from programs2.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
 from support import Ledger, Load, Program, ask, dial, elapse, patterns, pids_serving, stop_and_start, switches, until
+from support.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
 
 Run = Callable[..., Load]
 

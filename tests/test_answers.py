@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, patterns, until, within
+from support.scripts import Notes, Start, noted, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

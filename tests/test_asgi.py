@@ -24,8 +24,8 @@ from websockets.sync.client import connect
 
 import prefork
 from prefork.workers.asgi.application import HeadBufferingTransport
-from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Address, Program, dial, elapse, patterns, state, switches, until
+from support.scripts import Notes, Start, launch, noted, path_of_modules
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -11,8 +11,8 @@ import pytest
 from websockets.sync.client import connect
 
 from prefork.workers.asgi.protocols import LIMIT, fault_of
-from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, private_memory
+from support.scripts import Notes, Start, noted, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

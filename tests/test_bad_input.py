@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import prefork
-from programs2.scripts import TCP, Notes, Start, launch, noted, path_of_modules, rest
 from support import Program, ask, descriptors, dial, patterns, pids_serving, until
 from support.clients import hear, reset
+from support.scripts import TCP, Notes, Start, launch, noted, path_of_modules, rest
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -18,9 +18,9 @@ import prefork
 from prefork.command.program import Bind
 from prefork.errors import OptionError
 from prefork.kernel.import_path import Place
-from programs2.scripts import Start, path_of_modules
 from support import Address, Program, ask
 from support.clients import has_ipv6
+from support.scripts import Start, path_of_modules
 
 pytestmark = pytest.mark.timeout(60)
 

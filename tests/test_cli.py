@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, hold, noted, path_of_modules, rest
 from support import Address, Program, ask, children, dial, elapse, patterns, pids_serving, title, until
 from support.clients import hear
+from support.scripts import Notes, Start, hold, noted, path_of_modules, rest
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 import prefork
-from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
 from support import Address, ask, children, descriptors, dial, elapse, patterns, pids_serving, switches, title, until
 from support.clients import hear
 from support.processes import alive
+from support.scripts import TCP, Notes, Start, hold, launch, noted, rest
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import prefork.kernel.cgroup as cpus
 from prefork.kernel.cgroup import quota, quota_of, usable_cpus
-from programs2.scripts import Start, launch
 from support import Program, patterns, until
+from support.scripts import Start, launch
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Start, path_of_modules
 from support import Address, Program, ask, descriptors, patterns, until
+from support.scripts import Start, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

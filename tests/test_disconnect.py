@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, dial, patterns
 from support.clients import reset
+from support.scripts import Notes, Start, launch, noted, path_of_modules
 
 pytestmark = pytest.mark.timeout(60)
 

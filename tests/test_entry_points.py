@@ -12,8 +12,8 @@ import pytest
 import prefork
 import prefork.servers.runner as runner
 from prefork import OptionError
-from programs2.scripts import Start, launch, path_of_modules
 from support import ask, patterns
+from support.scripts import Start, launch, path_of_modules
 
 pytestmark = pytest.mark.timeout(60)
 

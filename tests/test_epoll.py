@@ -5,10 +5,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from programs2.scripts import Start, path_of_modules, rest
 from support import Address, Program, ask, dial, until
 from support.clients import queued
 from support.faults import failing
+from support.scripts import Start, path_of_modules, rest
 from support.web import Unanswered, Web
 
 pytestmark = pytest.mark.timeout(60)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
 from support import Program, ask, children, elapse, patterns, title, until
+from support.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
 
 pytestmark = pytest.mark.timeout(60)
 

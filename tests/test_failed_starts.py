@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, children, patterns, title, until
+from support.scripts import Notes, Start, launch, noted, path_of_modules
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,9 +7,9 @@ from signal import SIGINT, SIGTERM, Signals
 
 import pytest
 
-from programs2.scripts import Start, launch, path_of_modules, rest
 from support import Address, Program, dial, elapse, patterns, until, within
 from support.clients import queued
+from support.scripts import Start, launch, path_of_modules, rest
 
 pytestmark = pytest.mark.timeout(60)
 

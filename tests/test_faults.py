@@ -11,9 +11,9 @@ import pytest
 import prefork.master.loop as loop
 from prefork.rules.stop_sequence import Stage
 from prefork.settings.settings import Options
-from programs2.faults import begin, check_alive, soon
-from programs2.scripts import Notes, Start, hold, launch, noted, rest
 from support import ask, patterns, processes, state, until
+from support.faulty_server import begin, check_alive, soon
+from support.scripts import Notes, Start, hold, launch, noted, rest
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Start, path_of_modules
 from support import Program, patterns
 from support.faults import failing
+from support.scripts import Start, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
 from support import (
     Address,
     Ledger,
@@ -31,6 +30,7 @@ from support import (
 )
 from support.clients import reset
 from support.processes import blocked_in
+from support.scripts import TCP, Notes, Start, hold, launch, noted, rest
 
 Run = Callable[..., Load]
 

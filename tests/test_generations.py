@@ -5,8 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from programs2.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
 from support import ask, patterns, until
+from support.scripts import Notes, Start, hold, launch, noted, path_of_modules, rest
 
 pytestmark = pytest.mark.timeout(60)
 

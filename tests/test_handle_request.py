@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from prefork import OptionError, PreforkTCPServer
-from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
 from support import Address, Program, ask, children, dial, elapse, patterns, until
 from support.clients import hear
+from support.scripts import TCP, Notes, Start, hold, launch, noted, rest
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -14,9 +14,9 @@ import pytest
 
 import prefork
 import prefork.kernel.logs as logs
-from programs2.scripts import Start, launch, path_of_modules
 from support import Address, Program, ask, patterns, until, within
 from support.pipes import drained, fill, pipe
+from support.scripts import Start, launch, path_of_modules
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from programs2.faults import begin, check_alive, soon
-from programs2.scripts import Notes, Start, hold, launch, noted, rest
 from support import ask, dial, patterns, processes, until
+from support.faulty_server import begin, check_alive, soon
+from support.scripts import Notes, Start, hold, launch, noted, rest
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from programs2.scripts import Notes, Start, launch, noted
 from support import Address, Program, dial, patterns
+from support.scripts import Notes, Start, launch, noted
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Start, path_of_modules
 from support import Program, patterns, until
+from support.scripts import Start, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, hold, launch, noted, rest
 from support import Ledger, Load, Program, account, ask, elapse, patterns, pids_serving, title, until
+from support.scripts import Notes, Start, hold, launch, noted, rest
 
 Run = Callable[..., Load]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import prefork
-from programs2.scripts import Notes, Start, hold, launch, noted, rest
 from support import Times, ask, patterns, processes, until, within
+from support.scripts import Notes, Start, hold, launch, noted, rest
 
 
 def test_a_process_of_a_handler_is_no_worker(start: Start) -> None:

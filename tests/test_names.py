@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import prefork
-from programs2.scripts import Start
 from support import Program, ask
+from support.scripts import Start
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, hold, noted, path_of_modules, rest
 from support import Program, ask, patterns, queue_up, until
+from support.scripts import Notes, Start, hold, noted, path_of_modules, rest
 from support.web import KeepAlive, Web
 
 pytest.importorskip("gevent")

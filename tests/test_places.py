@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from programs2.scripts import Start, path_of_modules
 from support import Program, ask, patterns, until
+from support.scripts import Start, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

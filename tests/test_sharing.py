@@ -20,8 +20,8 @@ from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
 from prefork.workers.intake.acceptor import Acceptor
 from prefork.workers.intake.balance import EMPTY, PATIENCE, TAKE, YIELD, ConnectionBalancer
-from programs2.scripts import Start, path_of_modules
 from support import Address, dial, elapse
+from support.scripts import Start, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Start, launch, path_of_modules
 from support import Address, Program, ask, patterns, until, within
 from support.pipes import drained, fill, pipe
+from support.scripts import Start, launch, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)

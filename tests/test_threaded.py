@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import TCP, Notes, Start, hold, launch, noted, rest
 from support import (
     Ledger,
     Load,
@@ -28,6 +27,7 @@ from support import (
     threads_of,
     until,
 )
+from support.scripts import TCP, Notes, Start, hold, launch, noted, rest
 
 Run = Callable[..., Load]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, hold, launch, noted, rest
 from support import Ledger, Load, account, ask, dial, elapse, patterns, pids_serving, switches, title, until
+from support.scripts import Notes, Start, hold, launch, noted, rest
 
 Run = Callable[..., Load]
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import prefork.workers.wsgi.response as response
 from prefork.workers.wsgi.parser import Body, Connection, Limits, ListenerContext, Refused
 from prefork.workers.wsgi.response import Clock, Response
-from programs2.scripts import Notes, Start, noted, path_of_modules
 from support import Program, patterns, until
+from support.scripts import Notes, Start, noted, path_of_modules
 from support.web import Answer, Unanswered, Web
 
 pytestmark = pytest.mark.timeout(60)

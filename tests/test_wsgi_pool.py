@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, elapse, patterns, until
+from support.scripts import Notes, Start, launch, noted, path_of_modules
 from support.web import KeepAlive, Unanswered, Web
 
 pytestmark = pytest.mark.timeout(60)

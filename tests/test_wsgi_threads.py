@@ -17,8 +17,8 @@ from prefork.settings.settings import Options
 from prefork.workers.lifecycle import WorkerContext
 from prefork.workers.wsgi.threads import NEVER
 from prefork.workers.wsgi.worker import WSGIWorker
-from programs2.scripts import Notes, Start, launch, noted, path_of_modules
 from support import Program, elapse, patterns
+from support.scripts import Notes, Start, launch, noted, path_of_modules
 from support.web import Unanswered, Web
 
 pytestmark = pytest.mark.timeout(60)

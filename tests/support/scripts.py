@@ -4,21 +4,21 @@ import os
 import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from support import PROGRAMS, Address, Program, dial, until
+from .clients import Address, dial
+from .program import PROGRAMS, Program
+from .waiting import until
 
 Start = Callable[..., Program]
 Notes = Callable[[str], list[str]]
 
-HERE = Path(__file__).resolve().parent
 TCP = '("127.0.0.1", 0)'
 
 
 def path_of_modules() -> dict[str, str]:
     """The environment in which a program finds `kit` and `work`."""
-    parts = [str(PROGRAMS), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    parts = [str(PROGRAMS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(parts)}
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from programs2.scripts import Start, launch
-from support import Program, ask, within
+from .clients import ask
+from .control import within
+from .program import Program
+from .scripts import Start, launch
 
 SERVER = """
 class Server(prefork.PreforkTCPServer):
