@@ -65,7 +65,7 @@ lint: $(BUILD)/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --python-executable $(BIN)/python
 
-# The `pytest` command, never `python -m pytest`, which would put this folder on sys.path (tests/test_package.py asserts it).
+# The `pytest` command, never `python -m pytest`, which would put this folder on sys.path (tests/project/test_package.py asserts it).
 pytest: $(BUILD)/wheel
 	$(BIN)/pytest $(ARGS)
 

@@ -20,5 +20,5 @@ ended, TERM ends it with code 0, and no process, zombie, file or descriptor is l
 
 `faults` is the table of calls and errors, with what is left out and why; `tracer` is strace; `life` is one run and its
 verdict; `worker` is the same for the calls of a worker, which is no part of the sweep (`--workers`); `matrix` chooses
-cells and prints them. `make sweep` runs all, tests/test_sweep.py a sample.
+cells and prints them. `make sweep` runs all, tests/master/test_sweep.py a sample.
 """

@@ -14,7 +14,7 @@ import pytest
 import prefork
 import prefork.workers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(prefork.__file__).parent
 # Set by whoever tests the checkout on purpose (an editable install); everything else here must hold there too.
 CHECKOUT = os.environ.get("PREFORK_TEST_CHECKOUT") == "1"

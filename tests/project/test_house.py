@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of workers
 

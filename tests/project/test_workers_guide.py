@@ -18,7 +18,7 @@ from prefork import Worker
 from prefork.workers.base import Worker as Base
 from support import PROGRAMS, Address, Program, ask, dial
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 GUIDE = ROOT / "docs" / "workers.md"
 

@@ -25,7 +25,7 @@ import prefork.master.loop
 from prefork.settings.settings import Setting, declared
 from support import Address, Program, dial, patterns, until
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
 SIGNALS = ROOT / "docs" / "signals.md"

@@ -22,7 +22,7 @@ from PIL import Image
 
 from support import PROGRAMS, Address, Ledger, Load, Program, account, dial, patterns, until
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 Start = Callable[..., Program]
 
 PACKAGES = {
