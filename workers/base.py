@@ -28,10 +28,12 @@ import prefork.link.scoreboard as scoreboard
 import prefork.rules.pacing as pacing
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import RequestTimeout
+from prefork.kernel.process import own_memory, set_title
+from prefork.link.worker_context import INTERRUPT, WorkerContext
 from prefork.rules.states import Phase
 from prefork.workers.accounting import Request, Requests
 from prefork.workers.intake.acceptor import Accepted, Acceptor
-from prefork.workers.lifecycle import INTERRUPT, ToldToLeave, WorkerContext, exit_code, own_memory, set_title
+from prefork.workers.lifecycle import ToldToLeave, exit_code
 
 log = logs.get("prefork")
 

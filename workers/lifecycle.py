@@ -1,45 +1,23 @@
-"""A child's life from the fork to its exit code, whatever class of worker it becomes; and what a process of a pool does
-about its own title, memory and logs.
+"""A child's life from the fork to its exit code, whatever class of worker it becomes.
 
 Nothing in it waits on the lifeline: when the master dies the kernel kills the child.
 """
 
 import faulthandler
-import gc
 import signal
 import sys
 import traceback
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import prefork.kernel.exits as exits
 import prefork.kernel.logs as logs
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
-from prefork.settings.settings import Options
-
-# The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends
-# it: the handler looks at the deadline itself.
-INTERRUPT = signal.SIGXCPU
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerContext:
-    """What the master gives to a new worker: all of it is inherited by the fork."""
-
-    slot: int
-    generation: int
-    options: Options
-    board: scoreboard.Slot
-    lifeline_read: int
-    uplink_write: int
-    token: bytes  # of its messages on the uplink
-    main_thread: bool  # forked by the main thread of the master
-    title: str
-    seed: int
+from prefork.kernel.process import set_title
+from prefork.link.worker_context import INTERRUPT, WorkerContext
 
 
 class Life(Protocol):
@@ -134,33 +112,3 @@ def exit_code(left: SystemExit) -> int:
         return left.code & 0xFF
     print(left.code, file=sys.stderr)
     return 1
-
-
-def own_memory() -> int:
-    """Bytes that would be freed if this process ended (USS), or its resident set where that is not known."""
-    import psutil
-
-    process = psutil.Process()
-    try:
-        info: Any = process.memory_full_info()
-        return int(getattr(info, "uss", info.rss))
-    except psutil.Error:
-        return int(process.memory_info().rss)
-
-
-def prepare(*, memory: bool) -> None:
-    """In the master, before the first fork: import what every worker would import, and leave no garbage to copy."""
-    gc.collect()
-    lifeline.prepare()
-    if sys.platform != "darwin":
-        import setproctitle  # noqa: F401
-    if memory:
-        import psutil  # noqa: F401
-
-
-def set_title(title: str) -> None:
-    """Show up in ps and top. Off on macOS, where setproctitle after a fork crashes the child."""
-    if sys.platform != "darwin":
-        import setproctitle
-
-        setproctitle.setproctitle(title)

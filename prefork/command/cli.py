@@ -20,10 +20,11 @@ import prefork.workers.lifecycle as lifecycle
 from prefork.command.program import Bind, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
+from prefork.kernel.process import set_title
+from prefork.link.worker_context import WorkerContext
 from prefork.rules.states import Stop
 from prefork.rules.worker_exit import WorkerExit
 from prefork.settings.settings import Options, Setting, declared
-from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 
@@ -96,7 +97,7 @@ def _run(program: Program, options: Options) -> int:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         return lifecycle.main(context, program.worker, unblock)
 
-    lifecycle.set_title(f"prefork: master {program.target} {' '.join(names)}")
+    set_title(f"prefork: master {program.target} {' '.join(names)}")
     running = loop.Master(
         sockets,
         options,

@@ -29,8 +29,9 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
+from prefork.kernel.process import set_title
 from prefork.settings.settings import Options
-from prefork.workers.lifecycle import ABANDONED, ToldToLeave, leave_if_told, set_title
+from prefork.workers.lifecycle import ABANDONED, ToldToLeave, leave_if_told
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
 

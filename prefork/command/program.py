@@ -30,9 +30,9 @@ import prefork.servers.runner as runner
 import prefork.workers.intake.dispatch as dispatch
 from prefork.command.probe import Scout, Work, own_traceback
 from prefork.errors import OptionError, ProgramError
+from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
-from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 

@@ -26,13 +26,14 @@ import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
 from prefork.errors import BootError, PreforkError
 from prefork.kernel.listener import Listener, describe
+from prefork.kernel.process import prepare
 from prefork.link.scoreboard import Scoreboard
+from prefork.link.worker_context import INTERRUPT
 from prefork.master.worker_handle import Start, WorkerHandle, launch, log_exit
 from prefork.rules.states import Phase, State, Stop
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import MAX_WORKERS, Options
-from prefork.workers.lifecycle import INTERRUPT, prepare
 
 log = logs.get("prefork")
 
@@ -183,6 +184,7 @@ class Master:
         """
         self._poll_interval, self._poll_at = poll_interval, time.monotonic()
         prepare(memory=bool(self.pool.options.max_memory))
+        lifeline.prepare()
         former = _collectable()
         try:
             self._inbox.install()

@@ -11,9 +11,9 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 from prefork.link.scoreboard import Entry, Scoreboard
+from prefork.link.worker_context import WorkerContext
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
-from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 

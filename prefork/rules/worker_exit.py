@@ -1,8 +1,8 @@
 """Why a worker left, as a value and as one line for the log."""
 
 import enum
-import signal
 from dataclasses import dataclass
+from signal import Signals
 
 
 class Reason(enum.Enum):
@@ -82,6 +82,6 @@ class WorkerExit:
 
 def _signal_name(number: int) -> str:
     try:
-        return signal.Signals(number).name
+        return Signals(number).name
     except ValueError:
         return f"signal {number}"

@@ -27,12 +27,12 @@ import prefork.master.worker_handle as worker_handle
 import prefork.workers.intake.dispatch as dispatch
 import prefork.workers.lifecycle as lifecycle
 from prefork.errors import OptionError, PreforkError
+from prefork.link.worker_context import WorkerContext
 from prefork.rules.states import Stop
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
 from prefork.workers.base import Worker
 from prefork.workers.handlers.sync import SyncWorker
-from prefork.workers.lifecycle import WorkerContext
 
 log = logs.get("prefork")
 

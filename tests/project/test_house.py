@@ -1,75 +1,47 @@
-"""Holds the house to its rules by reading its source: floors, purity, the one place that forks and kills, and names."""
+"""Holds the house to its rules by reading its source: order of packages, purity, the one place that forks, names."""
 
 import ast
 import graphlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-KINDS = ("sync", "threaded", "aio", "wsgi", "asgi")  # the shipped classes of workers
-
-# A module imports only from floors below its own.
-FLOORS = (
-    {"errors", "cpus", "addresses", "imports", "originals", "exits", "options", "states", "reports"},
-    {"signals", "listeners", "processes", "scoreboard", "lifeline", "writer", "logs"},
-    {"pool", "policy", "stop_sequence"},
-    {"workers", "workers.accept", "workers.chain", "workers.child", "workers.request", "workers.base"}
-    | {"workers.disconnect"}
-    | {"workers.share", "workers.sync", "workers.filter", "workers.threaded"}
-    | {"workers.gate", "workers.loop", "workers.coroutines", "workers.aio"}
-    | {"workers.protocols", "workers.site", "workers.asgi", "workers.wsgi"}
-    | {"workers.http", "workers.response", "workers.access", "workers.turns", "workers.polling"},
-    {"crew", "master"},
-    {"service", "server", "http"},
-    {"scout", "program", "cli", "__main__", "testbed", "testing"},
+# The one order of the packages, the lowest first. A module imports from packages before its own, and from its own, in
+# which no module may import itself by whatever way round.
+ORDER = (
+    "errors",
+    "kernel",  # touches the system, one facility a module
+    "settings",
+    "rules",  # decides, without the system and without a clock
+    "link",  # what master and worker share
+    "workers.intake",
+    "workers",  # what is in no room: the base of all classes, and the life of a child
+    "workers.handlers",
+    "workers.eventloop",
+    "workers.asgi",
+    "workers.wsgi",
+    "master",
+    "servers",
+    "command",
+    "testing",
+    "__init__",
+    "__main__",
 )
-FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-TOP = len(FLOORS) - 1
-FLOOR["__init__"] = TOP  # the face: sees every floor under the top, and nobody in the house imports it
-# What may be imported on the same floor, beside the top floor's modules among themselves.
-NEXT_DOOR = {
-    *(("workers.base", f"workers.{part}") for part in ("accept", "chain", "child", "request")),
-    *((f"workers.{kind}", f"workers.{of}") for kind in KINDS for of in ("accept", "chain", "child", "request", "base")),
-    ("workers.filter", "workers.accept"),
-    ("workers.threaded", "workers.filter"),
-    *(("workers.aio", f"workers.{part}") for part in ("coroutines", "disconnect")),
-    *((f"workers.{kind}", f"workers.{of}") for kind in ("aio", "asgi") for of in ("gate", "loop")),
-    ("workers.asgi", "workers.site"),
-    *(("workers.site", f"workers.{part}") for part in ("protocols", "request")),
-    *(("workers.gate", f"workers.{part}") for part in ("accept", "share")),
-    *(("workers.loop", f"workers.{part}") for part in ("accept", "request", "base", "share")),
-    *(("workers.wsgi", f"workers.{part}") for part in ("http", "response", "access", "polling")),
-    ("workers.response", "workers.http"),
-    *(("workers.access", f"workers.{part}") for part in ("http", "response")),
-    *(("workers.polling", f"workers.{part}") for part in ("accept", "child", "base", "share")),
-    *(("workers.polling", f"workers.{part}") for part in ("http", "response", "turns")),
-    *(("workers.turns", f"workers.{part}") for part in ("child", "http")),
-    *(("options", part) for part in ("errors", "cpus")),
-    ("processes", "writer"),
-    *(("logs", part) for part in ("processes", "writer")),
-    ("originals", "errors"),
-    ("lifeline", "processes"),
-    ("listeners", "processes"),
-    ("signals", "processes"),
-    ("pool", "policy"),
-    ("master", "crew"),
-    ("server", "service"),
-    ("http", "server"),
-}
+# These do not see each other, although the order would let them.
+STRANGERS = (("master", "workers"), ("workers.wsgi", "workers.asgi"), ("workers.wsgi", "workers.eventloop"))
 
-PURE = FLOORS[2]
 IMPURE_MODULES = {
     *("os", "time", "socket", "select", "signal", "threading", "subprocess", "psutil"),
     *("asyncio", "datetime", "io", "logging", "multiprocessing", "pathlib", "selectors", "sys"),
 }
 IMPURE_BUILTINS = {"open", "print", "input"}
 
-# The only fork, wait and kill are in `processes`.
+FORKS = "kernel.processes"  # the only fork, wait and kill are there
 KERNEL = re.compile(r"os\.(fork|wait|kill|pidfd_|posix_spawn|spawn)\w*|signal\.pidfd_\w+|psutil\.wait_procs")
 
 AVOIDED = {"arbiter", "manage", "manager", "watcher", "monitor", "mold", "zygote", "murder", "nuke", "util"}
@@ -123,12 +95,19 @@ def references(tree: ast.AST) -> Iterator[tuple[ast.expr | ast.ImportFrom, str]]
             yield node, ".".join([known[inner.id], *parts])
 
 
-def neighbours(tree: ast.AST) -> set[str]:
+def package_of(module: str) -> str:
+    """The package in which a module is: `workers.wsgi.parser` is in `workers.wsgi`, `workers.base` in `workers`."""
+    parts = module.split(".")
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((name for name in names if name in ORDER), "")
+
+
+def neighbours(tree: ast.AST, package: Container[str]) -> set[str]:
     """The modules of the house that a module imports."""
     found = set()
     for _, module, name in imports(tree):
         whole = f"{module}.{name}".removeprefix("prefork.")
-        if module.partition(".")[0] == "prefork" and whole in FLOOR:
+        if module.partition(".")[0] == "prefork" and whole in package:
             found.add(whole)
         elif module.startswith("prefork."):
             found.add(module.removeprefix("prefork."))
@@ -136,25 +115,30 @@ def neighbours(tree: ast.AST) -> set[str]:
 
 
 def wrong_imports(module: str, tree: ast.AST) -> Iterator[str]:
-    """What a module imports that its floor does not allow."""
+    """What a module imports that the order of the packages does not allow."""
     for line, imported, name in imports(tree):
-        if imported == "prefork":
+        if imported == "prefork" and (name not in PACKAGE or name == ""):
             yield f"{module}:{line}: imports {name or 'it'} from the face; import from prefork.{name or 'x'} itself"
         elif imported.startswith(".") or imported.partition(".")[0] == "workers":
             yield f"{module}:{line}: imports {imported}; in the house every import is absolute, from prefork"
-    floor = FLOOR.get(module, -1)
-    for other in sorted(neighbours(tree)):
-        same_room = (module, other) in NEXT_DOOR or (floor == TOP and module != "__init__")
-        if other not in FLOOR:
-            yield f"{module}: imports prefork.{other}, which has no floor"
-        elif FLOOR[other] > floor or (FLOOR[other] == floor and not same_room):
-            yield f"{module} (floor {floor}): imports prefork.{other} (floor {FLOOR[other]})"
+    own = package_of(module)
+    for other in sorted(neighbours(tree, PACKAGE)):
+        theirs = package_of(other)
+        if not theirs:
+            yield f"{module}: imports prefork.{other}, which is in no package of the order"
+        elif ORDER.index(theirs) > ORDER.index(own):
+            yield f"{module}: imports prefork.{other}, but {own} comes before {theirs}"
+        elif any(own.startswith(one) and theirs.startswith(another) for one, another in STRANGERS):
+            yield f"{module}: imports prefork.{other}, but {own} and {theirs} do not see each other"
 
 
 def impurities(module: str, tree: ast.AST) -> Iterator[str]:
     """What a pure module does that needs the world: the system, a clock of its own, dice of its own."""
-    for line, imported, _ in imports(tree):
-        if imported.partition(".")[0] in IMPURE_MODULES:
+    for line, imported, name in imports(tree):
+        if imported.partition(".")[0] in IMPURE_MODULES and (imported, name) != (
+            "signal",
+            "Signals",
+        ):  # a table of names
             yield f"{module}:{line}: imports {imported}"
     for node, name in references(tree):
         if name.startswith("random.") and name != "random.Random":
@@ -226,33 +210,33 @@ PACKAGE = sources("prefork")
 TESTS = sources("tests")
 
 
-def test_every_module_has_a_floor() -> None:
-    """Each module of the package stands on a floor, and the child's side is among them."""
-    assert set(PACKAGE) - set(FLOOR) == set()
-    assert {"__init__", "workers"} <= set(PACKAGE)
+def test_every_module_has_a_room() -> None:
+    """Each module is in a package of the order, and each package of the order has one."""
+    assert {package_of(module) for module in PACKAGE} == set(ORDER)
 
 
 def test_imports_go_down() -> None:
-    """A module imports only from floors below it, absolutely, and never from the package's face."""
+    """A module imports only from packages before its own, absolutely, and never from the package's face."""
     none_of(problem for module, tree in PACKAGE.items() for problem in wrong_imports(module, tree))
 
 
 def test_no_circle() -> None:
     """No module imports itself, by whatever way round."""
-    graphlib.TopologicalSorter({module: neighbours(tree) for module, tree in PACKAGE.items()}).prepare()
+    graphlib.TopologicalSorter({module: neighbours(tree, PACKAGE) for module, tree in PACKAGE.items()}).prepare()
 
 
 def test_deciding_is_pure() -> None:
     """What decides has no system, no input or output, no clock and no dice of its own."""
-    assert PURE & set(PACKAGE)
-    none_of(problem for module in PURE & set(PACKAGE) for problem in impurities(module, PACKAGE[module]))
+    deciding = [module for module in PACKAGE if package_of(module) == "rules"]
+    none_of(problem for module in deciding for problem in impurities(module, PACKAGE[module]))
+    assert "rules.pool" in deciding
 
 
 def test_one_module_forks_waits_and_kills() -> None:
     """Fork, wait and kill are in one module, so that there is one place to get them right, and it does have them."""
-    others = PACKAGE.keys() - {"processes"}
+    others = PACKAGE.keys() - {FORKS}
     none_of(problem for module in others for problem in kernel_calls(module, PACKAGE[module]))
-    assert list(kernel_calls("processes", PACKAGE["processes"]))
+    assert list(kernel_calls(FORKS, PACKAGE[FORKS]))
 
 
 @pytest.mark.parametrize("folder", ["prefork", "tests", "examples", "benchmarks"])
@@ -274,21 +258,25 @@ def test_tests_do_not_sleep() -> None:
 @pytest.mark.parametrize(
     ("rule", "module", "source", "problems"),
     [
-        (wrong_imports, "pool", "from prefork.settings.settings import Options\nimport prefork.rules.states", 0),
-        (wrong_imports, "pool", "from prefork.master.loop import Master", 1),
-        (wrong_imports, "pool", "def late():\n    import prefork.servers.mixin", 1),
-        (wrong_imports, "signals", "from prefork.kernel.listener import Listener", 1),
-        (wrong_imports, "signals", "from prefork import errors", 1),
-        (wrong_imports, "signals", "from prefork import pool", 2),
-        (wrong_imports, "signals", "import prefork", 1),
-        (wrong_imports, "signals", "from . import errors\nfrom .errors import OptionError", 2),
-        (wrong_imports, "signals", "import prefork.secrets", 1),
-        (wrong_imports, "workers.sync", "from prefork.workers.base import Worker", 0),
-        (wrong_imports, "workers.base", "from prefork.workers import sync", 1),
+        (wrong_imports, "rules.pool", "from prefork.settings.settings import Options\nimport prefork.rules.states", 0),
+        (wrong_imports, "rules.pool", "from prefork.master.loop import Master", 1),
+        (wrong_imports, "rules.pool", "def late():\n    import prefork.servers.mixin", 1),
+        (wrong_imports, "kernel.inbox", "from prefork.kernel.listener import Listener", 0),
+        (wrong_imports, "kernel.inbox", "from prefork import errors", 0),
+        (wrong_imports, "kernel.inbox", "from prefork.rules import pool", 1),
+        (wrong_imports, "kernel.inbox", "import prefork", 1),
+        (wrong_imports, "kernel.inbox", "from prefork import serve", 1),
+        (wrong_imports, "kernel.inbox", "from . import errors\nfrom .errors import OptionError", 2),
+        (wrong_imports, "kernel.inbox", "import prefork.secrets", 1),
+        (wrong_imports, "workers.handlers.sync", "from prefork.workers.base import Worker", 0),
+        (wrong_imports, "workers.base", "from prefork.workers.handlers import sync", 1),
         (wrong_imports, "workers.base", "from workers import sync", 1),
-        (wrong_imports, "cli", "from prefork.command.program import load", 0),
+        (wrong_imports, "master.loop", "from prefork.workers.base import Worker", 1),
+        (wrong_imports, "master.loop", "from prefork.link.worker_context import WorkerContext", 0),
+        (wrong_imports, "workers.wsgi.polling", "import prefork.workers.eventloop.base", 1),
+        (wrong_imports, "command.cli", "from prefork.command.program import load", 0),
         (wrong_imports, "__init__", "from prefork.servers.mixin import PreforkMixIn", 0),
-        (wrong_imports, "__init__", "from prefork.command.cli import main", 1),
+        (wrong_imports, "__init__", "from prefork.__main__ import main", 1),
         (impurities, "pool", "import random\ndef roll(dice: random.Random) -> float: return dice.random()", 0),
         (impurities, "pool", "import random\ndice = random.Random()", 1),
         (impurities, "pool", "from random import random", 1),
@@ -315,7 +303,8 @@ def test_rules_have_teeth(
 
 
 def test_circles_are_found() -> None:
-    """Two modules of one floor that import each other are a circle."""
-    circle = {"cli": "from prefork.command.program import load", "program": "import prefork.command.cli"}
+    """Two modules of one package that import each other are a circle."""
+    circle = {"a.x": "from prefork.a.y import load", "a.y": "import prefork.a.x"}
+    graph = {module: neighbours(ast.parse(text), circle) for module, text in circle.items()}
     with pytest.raises(graphlib.CycleError):
-        graphlib.TopologicalSorter({module: neighbours(ast.parse(text)) for module, text in circle.items()}).prepare()
+        graphlib.TopologicalSorter(graph).prepare()

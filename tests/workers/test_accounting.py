@@ -14,12 +14,12 @@ import pytest
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
 from prefork.errors import RequestTimeout
+from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options
 from prefork.workers.asgi.application import ASGIApplication
 from prefork.workers.asgi.worker import ASGIWorker
 from prefork.workers.base import Worker
 from prefork.workers.eventloop.base import LoopWorker
-from prefork.workers.lifecycle import WorkerContext
 
 TIMEOUT = 30.0
 TOKEN = b"a token."

@@ -21,9 +21,9 @@ from typing import Any
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.originals import refuse_patched
+from prefork.link.worker_context import INTERRUPT
 from prefork.workers.base import Worker
 from prefork.workers.handlers.filter import Filter, check_of
-from prefork.workers.lifecycle import INTERRUPT
 
 log = logs.get("prefork")
 

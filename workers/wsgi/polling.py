@@ -21,10 +21,10 @@ import prefork.kernel.host_port as host_port
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 from prefork.kernel.originals import refuse_patched, select
+from prefork.link.worker_context import WorkerContext
 from prefork.workers.base import Worker
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS
 from prefork.workers.intake.balance import ASIDE, YIELD, ConnectionBalancer
-from prefork.workers.lifecycle import WorkerContext
 from prefork.workers.wsgi.parser import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, ListenerContext
 from prefork.workers.wsgi.response import Clock, refusal
 from prefork.workers.wsgi.threads import NEVER, LeaderFollowers

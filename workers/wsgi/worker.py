@@ -17,7 +17,7 @@ import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError, RequestTimeout
 from prefork.kernel.originals import select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
-from prefork.workers.lifecycle import WorkerContext
+from prefork.link.worker_context import WorkerContext
 
 try:
     from prefork.workers.wsgi.access_log import AccessLog

@@ -1153,9 +1153,9 @@ def test_check(kind: Any, app: Any, says: str) -> None:
 def test_without_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without uvicorn the mend is named."""
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    for name in ("asgi", "site"):
-        monkeypatch.delitem(sys.modules, f"prefork.workers.{name}")
-        monkeypatch.delattr(f"prefork.workers.{name}")
+    for name in ("worker", "application"):
+        monkeypatch.delitem(sys.modules, f"prefork.workers.asgi.{name}")
+        monkeypatch.delattr(f"prefork.workers.asgi.{name}")
     with (
         prefork.PreforkTCPServer(("127.0.0.1", 0), asgi) as server,
         pytest.raises(prefork.OptionError, match=r"pip install 'prefork\[asgi\]'"),

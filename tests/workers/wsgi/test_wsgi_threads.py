@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from prefork.link.scoreboard import Scoreboard
+from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options
-from prefork.workers.lifecycle import WorkerContext
 from prefork.workers.wsgi.threads import NEVER
 from prefork.workers.wsgi.worker import WSGIWorker
 from support import Program, elapse, patterns
