@@ -228,6 +228,7 @@ class ASGIApplication:
             config=self.config, server_state=self.state, app_state=self.lifespan.state, _loop=self._loop
         )
         made.prefork_since = monotonic()  # type: ignore[attr-defined]
+        made._complete, made._told = None, 0  # type: ignore[attr-defined]  # see `protocols`
         if self._accesses is not None:
             made.access_log, made.access_logger = True, self._accesses  # type: ignore[attr-defined]
         return made
