@@ -171,7 +171,8 @@ class HeadBufferingTransport:
         self._transport.write_eof()
 
     def close(self) -> None:
-        self.flush()
+        if self._head:
+            self.flush()
         self._transport.close()
 
 
@@ -179,7 +180,8 @@ def _flush_all(kept: list[HeadBufferingTransport]) -> None:
     some = kept[:]
     kept.clear()
     for one in some:
-        one.flush()
+        if one._head:
+            one.flush()
 
 
 class ASGIApplication:

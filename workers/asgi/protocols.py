@@ -24,6 +24,7 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 LIMIT = 65536  # bytes of a head, or between two pieces of a body in chunks; looked at after each read: 431
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?]*)?(?:\?(.*))?", re.IGNORECASE | re.DOTALL)
+_TELLING = frozenset((b"host", b"expect", b"transfer-encoding"))  # headers that say more than a value
 _SLASH, _HASH = b"/#"  # numbers: to look for bytes in bytes takes 0.3 us
 
 
@@ -183,19 +184,24 @@ class _HttpTools(_Strict):
 
     @property
     def app(self) -> Any:
-        told, self._told = self._told, 0
-        self._complete = self.headers
-        scope, target = self.scope, self.url
-        modern = scope["http_version"] == "1.1"
-        if told == 1 and modern and target[0] == _SLASH and _HASH not in target and scope["method"] != "CONNECT":
+        self._complete, target = self.headers, self.url
+        is_plain = self._told == 1 and target[0] == _SLASH and _HASH not in target
+        self._told = 0
+        if is_plain and self.scope["http_version"] == "1.1":
             return self._application
-        if not modern:
+        if self.scope["http_version"] != "1.1":
             self.expect_100_continue = False  # RFC 9110, 10.1.1
         return super().app
 
     @app.setter
     def app(self, application: Any) -> None:
         self._application = application
+
+    def _get_upgrade(self) -> Any:
+        """uvicorn asks this first, where the parser takes what follows the head for another protocol."""
+        if self.scope["method"] == "CONNECT":
+            self._told = 2
+        return super()._get_upgrade()
 
     # -- bytes in --------------------------------------------------------------------------------------------------
 
@@ -272,12 +278,13 @@ class _HttpTools(_Strict):
     def on_header(self, name: bytes, value: bytes) -> None:
         """As uvicorn's, and counts those that say more than a value."""
         name = name.lower()
-        if name == b"host":
-            self._told += 1
-        elif name == b"expect":
-            self.expect_100_continue = value.lower() == b"100-continue"
-        elif name == b"transfer-encoding":
-            self._told += 2
+        if name in _TELLING:
+            if name == b"host":
+                self._told += 1
+            elif name == b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
+            else:
+                self._told += 2
         self.headers.append((name, value))
 
     def on_chunk_header(self) -> None:
