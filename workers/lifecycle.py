@@ -4,6 +4,7 @@ Nothing in it waits on the lifeline: when the master dies the kernel kills the c
 """
 
 import faulthandler
+import gc
 import signal
 import sys
 import traceback
@@ -70,6 +71,11 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
         else:
             uplink.tell(traceback.format_exc())  # the master puts it into the report, and the log
             code = 1
+    if not exits.is_own():
+        # A process that the program has forked comes here by an exception. Connections that it shares with the worker
+        # may be garbage in it; a collection would warn that they are not closed.
+        gc.disable()
+        return code
     if told or life is None or not life._ready:
         for one in (signal.SIGTERM, signal.SIGQUIT):
             signal.signal(one, signal.SIG_IGN)

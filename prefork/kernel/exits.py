@@ -48,6 +48,11 @@ _OF_THE_PARENT = (
 )
 
 
+def is_own() -> bool:
+    """Whether this is the child whose end this is, and not a process that the program has forked from it."""
+    return os.getpid() == _pid
+
+
 def pending() -> bool:
     """Whether the program has left something to be done, or waited for."""
     return atexit._ncallbacks() > _registered or bool(_threads())
@@ -64,7 +69,7 @@ def run(patience: float | None = None, late: Callable[[str], None] | None = None
         Is told after a second which threads are waited for.
     """
     global _pid
-    if os.getpid() != _pid:
+    if not is_own():
         return
     _pid = 0
     names = _threads()
