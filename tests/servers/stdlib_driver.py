@@ -1,6 +1,6 @@
 """Run CPython's own installed test.test_socketserver or test.test_httpservers with a mix-in in place of ForkingMixIn.
 
-    python tests/stdlib_driver.py --mixin prefork --module test_httpservers --json out.json
+    python tests/servers/stdlib_driver.py --mixin prefork --module test_httpservers --json out.json
 
 Nothing of CPython is copied: the classes are replaced at run time, `install` and `substitute` say which. The tests run
 in a process of their own, which leads a session, one after the other, each with a deadline. A test that outlives it, or
@@ -32,7 +32,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from support import Process, session, until
+sys.path[:1] = [str(Path(__file__).resolve().parents[1])]
+
+from support import Process, session, until  # noqa: E402  # a script, of which the folder above is not on the path
 
 ENOUGH = 12  # tests that hung or died: there is no point in waiting for the rest
 ORPHANS = 2.0  # the pool's promise: this long after its master nothing of it is left

@@ -18,6 +18,7 @@ from prefork import testing
 from support import processes, session, until
 
 pytestmark = pytest.mark.timeout(60)
+HERE = Path(__file__).resolve().parent
 
 
 class Echo(socketserver.StreamRequestHandler):
@@ -129,7 +130,7 @@ def test_it_dies_with_the_test(tmp_path: Path) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent]))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [HERE, HERE.parent]))},
         stdout=subprocess.PIPE,
         text=True,
         timeout=20,
