@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help serve test test-all lint pytest repeat stress soak sweep bench bench-workers bench-web clean
+.PHONY: help serve test test-all lint t pytest repeat stress soak sweep bench bench-workers bench-web clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo 'make test      lint, build sdist and wheel, install the wheel, test it'
 	@echo 'make test-all  the same on every Python 3.11, 3.12, 3.13 of this machine'
 	@echo 'make lint      ruff and mypy'
+	@echo 'make t         T=tests/x/test_y.py K=name: some tests against the checkout, in seconds, without a wheel'
 	@echo 'make pytest    the tests alone; ARGS="-k stop -x" goes to pytest'
 	@echo 'make repeat    T=tests/test_x.py N=50: one file N times, until it fails'
 	@echo 'make stress    the same while every core is kept busy'
@@ -64,6 +65,10 @@ lint: $(BUILD)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --python-executable $(BIN)/python
+
+# Against the checkout: what only a wheel can show (tests/project/test_package.py) knows it by this variable.
+t: $(BUILD)/tools
+	env PYTHONPATH='$(CURDIR)' PREFORK_TEST_CHECKOUT=1 $(BIN)/pytest -q -p no:cacheprovider $(T) $(if $(K),-k '$(K)') $(ARGS)
 
 # The `pytest` command, never `python -m pytest`, which would put this folder on sys.path (tests/project/test_package.py asserts it).
 pytest: $(BUILD)/wheel
