@@ -13,33 +13,14 @@ import pytest
 
 import prefork
 from support import Program, ask
-from support.scripts import Start
+from support.scripts import APPLICATIONS, Start, handler_text
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)
 
 TCP = "tcp://127.0.0.1:0"
 
-APP = """
-import os
-import prefork
-import socketserver
-
-class Handler(socketserver.StreamRequestHandler):
-    def handle(self):
-        identity = self.rfile.readline().decode().split()[0]
-        self.wfile.write(f"{os.getpid()}:{identity}:done\\n".encode())
-
-def application(environ, start_response):
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return [b"done"]
-
-async def asgi(scope, receive, send):
-    assert scope["type"] == "http"
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
-    await send({"type": "http.response.body", "body": b"done"})
-
-"""
+APP = "import prefork\n" + handler_text() + APPLICATIONS
 AWAITING = """
 class Handler(prefork.AsyncStreamRequestHandler):
     async def handle(self):

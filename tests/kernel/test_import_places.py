@@ -10,24 +10,17 @@ from pathlib import Path
 import pytest
 
 from support import Program, ask, patterns, until
-from support.scripts import Start, path_of_modules
+from support.scripts import APPLICATIONS, Start, handler_text, path_of_modules
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)
 
 TCP = "tcp://127.0.0.1:0"
 
-APP = """
-import os, socketserver
-from pathlib import Path
-import shelf  # of a folder beside it, by PYTHONPATH
-
-class Handler(socketserver.StreamRequestHandler):
-    def handle(self):
-        identity = self.rfile.readline().decode().split()[0]
-        found = f"{VERSION} {shelf.VERSION} {Path('data').read_text()} {os.getcwd()} {__file__}"
-        self.wfile.write(f"{os.getpid()}:{identity}:{found}\\n".encode())
-"""
+# `shelf` is in a folder beside the program's, by PYTHONPATH.
+APP = "from pathlib import Path\nimport shelf\n" + handler_text(
+    "{VERSION} {shelf.VERSION} {Path('data').read_text()} {os.getcwd()} {__file__}"
+)
 
 
 def release(root: Path, number: int) -> Path:
@@ -153,20 +146,10 @@ def test_a_directory_that_there_is_not(tmp_path: Path, name: str) -> None:
 
 # -- what is relative --------------------------------------------------------------------------------------------------
 
-MOVING = """
-import os
-from kit import *
-os.chdir("/")
-
-def application(environ, start_response):
-    start_response("200 OK", [("Content-Length", "0")])
-    return []
-
-async def asgi(scope, receive, send):
-    assert scope["type"] == "http"
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-    await send({"type": "http.response.body", "body": b""})
-
+MOVING = (
+    'import os\nfrom kit import *\nos.chdir("/")\n'
+    + APPLICATIONS
+    + """
 class Server(prefork.PreforkTCPServer):
     workers = 1
     worker_class = "wsgi"
@@ -179,6 +162,7 @@ def serve():
     with Server(("127.0.0.1", 0)) as server:
         server.serve_forever()
 """
+)
 
 
 SERVING = """

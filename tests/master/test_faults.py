@@ -20,12 +20,8 @@ pytestmark = pytest.mark.timeout(60)
 # -- waiting ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("times", [1, 3, None])
-def test_the_wait_of_the_loop_fails(start: Start, times: int | None) -> None:
-    """Where the epoll refuses to wait, three times or for good, deaths and signals are noticed in another way."""
-    before = f"""
-selectors.EpollSelector.select = refusing(selectors.EpollSelector.select, errno.EINVAL, times={times})
-"""
+def check_deaths_are_noticed(start: Start, before: str) -> None:
+    """With what `before` refuses, workers that die are replaced, and the pool obeys."""
     program = begin(start, before)
     workers = program.wait_ready(2)
     program.write("refuse", "")
@@ -33,6 +29,15 @@ selectors.EpollSelector.select = refusing(selectors.EpollSelector.select, errno.
     program.wait_ready(2, without=workers)
     check_alive(program)
     program.finish()
+
+
+@pytest.mark.parametrize("times", [1, 3, None])
+def test_the_wait_of_the_loop_fails(start: Start, times: int | None) -> None:
+    """Where the epoll refuses to wait, three times or for good, deaths and signals are noticed in another way."""
+    before = f"""
+selectors.EpollSelector.select = refusing(selectors.EpollSelector.select, errno.EINVAL, times={times})
+"""
+    check_deaths_are_noticed(start, before)
 
 
 def test_every_way_to_wait_fails(start: Start) -> None:
@@ -53,13 +58,7 @@ class Select:
 
 prefork.kernel.inbox.select = Select
 """
-    program = begin(start, before)
-    workers = program.wait_ready(2)
-    program.write("refuse", "")
-    program.kill_workers(*workers)
-    program.wait_ready(2, without=workers)
-    check_alive(program)
-    program.finish()
+    check_deaths_are_noticed(start, before)
 
 
 def test_the_epoll_does_not_take_new_workers(start: Start) -> None:

@@ -15,6 +15,33 @@ Notes = Callable[[str], list[str]]
 
 TCP = '("127.0.0.1", 0)'
 
+# Two applications for programs that do not import `kit`. Every request is answered by `done`.
+APPLICATIONS = """
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"done"]
+
+async def asgi(scope, receive, send):
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+    await send({"type": "http.response.body", "body": b"done"})
+
+"""
+
+
+def handler_text(result: str = "done") -> str:
+    """A handler for programs that do not import `kit`; `result` is the text of an f-string."""
+    return f"""
+import os
+import socketserver
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        identity = self.rfile.readline().decode().split()[0]
+        self.wfile.write(f"{{os.getpid()}}:{{identity}}:{result}\\n".encode())
+
+"""
+
 
 def path_of_modules() -> dict[str, str]:
     """The environment in which a program finds `kit` and `work`."""
