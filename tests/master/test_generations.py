@@ -26,7 +26,8 @@ with Server(("127.0.0.1", 0), Handler) as server:
 def test_a_reload_reads_the_settings_of_a_script_anew(start: Start, notes: Notes) -> None:
     """Number, class and deadlines of the new workers are those of the server at the reload; a worker of the old
     generation that is still busy has no deadline of the new one."""
-    change = "Server.workers, Server.worker_class, Server.request_timeout = 3, 'thread', 0.3"
+    # With a surge of two, all new workers start although the busy one does not leave.
+    change = "Server.workers, Server.worker_class, Server.request_timeout, Server.max_surge = 3, 'thread', 0.3, 2"
     program = launch(start, SERVER.format(change=change), allow=[patterns.ANYTHING]).ready()
     before = set(program.wait_ready(2))
     assert ask(program.address, "thread").result == "MainThread"
