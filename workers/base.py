@@ -28,7 +28,7 @@ import prefork.link.scoreboard as scoreboard
 import prefork.rules.pacing as pacing
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import RequestTimeout
-from prefork.kernel.process import own_memory, set_title
+from prefork.kernel.own_process import own_memory, set_title
 from prefork.link.worker_context import INTERRUPT, WorkerContext
 from prefork.rules.states import Phase
 from prefork.workers.accounting import Request, Requests

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 
 # The one that `look_at_stream()` has known; by the time the server is told of it the socket is closed.
 _of_stream: ContextVar[BaseException | None] = ContextVar("_of_stream", default=None)

@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Callable
 from typing import Protocol
 
-import prefork.kernel.exits as exits
+import prefork.kernel.exit_handlers as exit_handlers
 import prefork.kernel.logs as logs
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
-from prefork.kernel.process import set_title
+from prefork.kernel.own_process import set_title
 from prefork.link.worker_context import INTERRUPT, WorkerContext
 
 
@@ -79,14 +79,14 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
     if told or life is None or not life._ready:
         for one in (signal.SIGTERM, signal.SIGQUIT):
             signal.signal(one, signal.SIG_IGN)
-        exits.run(ABANDONED)
+        exit_handlers.run(ABANDONED)
     else:
         life.draining = True  # it takes no orders but to hurry
         signal.signal(INTERRUPT, signal.SIG_IGN)
         life._board.floats[scoreboard.DEADLINE] = 0.0  # of a request that has ended it
-        if exits.pending():
+        if exit_handlers.pending():
             uplink.say(lifeline.EXITS)  # the master sees to it that this ends
-        exits.run(0.0 if life._stuck else None, late=uplink.tell)
+        exit_handlers.run(0.0 if life._stuck else None, late=uplink.tell)
     return code
 
 

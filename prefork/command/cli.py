@@ -20,7 +20,7 @@ import prefork.workers.lifecycle as lifecycle
 from prefork.command.program import Bind, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
-from prefork.kernel.process import set_title
+from prefork.kernel.own_process import set_title
 from prefork.link.worker_context import WorkerContext
 from prefork.rules.states import Stop
 from prefork.rules.worker_exit import WorkerExit

@@ -23,13 +23,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import prefork.kernel.exits as exits
+import prefork.kernel.exit_handlers as exit_handlers
 import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.kernel.process import set_title
+from prefork.kernel.own_process import set_title
 from prefork.settings.settings import Options
 from prefork.workers.lifecycle import ABANDONED, ToldToLeave, leave_if_told
 
@@ -87,7 +87,7 @@ class Scout:
                 _answer(work, theirs)
             for one in (signal.SIGTERM, signal.SIGQUIT):
                 signal.signal(one, signal.SIG_IGN)
-            exits.run(ABANDONED)
+            exit_handlers.run(ABANDONED)
             return 0
 
         try:

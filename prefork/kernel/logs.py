@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from time import monotonic
 from typing import Any, Literal
 
+import prefork.kernel.lossy_writer as lossy_writer
 import prefork.kernel.processes as processes
-import prefork.kernel.writer as writer
 
 FORMAT = "%(asctime)s prefork[%(process)s] %(levelname)s: %(message)s"
 LIMIT = 1000  # records that may wait for the program's handlers
@@ -44,7 +44,7 @@ Standard = Literal["stdout", "stderr"]
 class Handler(logging.Handler):
     """A handler of prefork's own, on a `Writer`."""
 
-    def __init__(self, to: writer.Writer, format: str = FORMAT) -> None:
+    def __init__(self, to: lossy_writer.Writer, format: str = FORMAT) -> None:
         super().__init__()
         self.writer = to
         self.setFormatter(logging.Formatter(format))
@@ -247,13 +247,13 @@ _operated = False  # by the command, whose --log-level counts
 _running = 0  # masters in this process
 _is_child = False  # of a master
 _lock = threading.Lock()  # for `_running`
-_standards: dict[Standard, writer.Writer] = {}
+_standards: dict[Standard, lossy_writer.Writer] = {}
 _FORM = logging.Formatter(FORMAT)
 
 
-def _standard(name: Standard) -> writer.Writer:
+def _standard(name: Standard) -> lossy_writer.Writer:
     if name not in _standards:
-        _standards[name] = writer.standard(name)
+        _standards[name] = lossy_writer.standard(name)
     return _standards[name]
 
 
@@ -315,7 +315,10 @@ def operated(level: str) -> Iterator[None]:
     logger.propagate = False
     logger.setLevel(level.upper())
     _operated = True
-    former, sys.stderr = sys.stderr, writer.stream(handler.writer, "<stderr>")  # for warnings, and what Python ignores
+    former, sys.stderr = (
+        sys.stderr,
+        lossy_writer.stream(handler.writer, "<stderr>"),
+    )  # for warnings, and what Python ignores
     try:
         yield
     finally:
@@ -337,9 +340,9 @@ def enter_child() -> None:
             name = _name_of(handler.stream)
             if name:
                 with contextlib.suppress(AttributeError):  # a property
-                    handler.stream = writer.stream(_standard(name), f"<{name}>")
+                    handler.stream = lossy_writer.stream(_standard(name), f"<{name}>")
     if sys.stderr is None or sys.stderr is sys.__stderr__:
-        sys.stderr = writer.stream(_standard("stderr"), "<stderr>")
+        sys.stderr = lossy_writer.stream(_standard("stderr"), "<stderr>")
 
 
 # -- all handlers ------------------------------------------------------------------------------------------------------
@@ -358,7 +361,7 @@ def handlers() -> list[logging.Handler]:
 
 def reopen() -> None:
     """Have everything that logs to a file open it again by its name, as after a rotation."""
-    problems = writer.reopen()
+    problems = lossy_writer.reopen()
     for handler in handlers():
         stream: Any = getattr(handler, "stream", None)
         if isinstance(handler, logging.FileHandler) and stream is not None:
@@ -390,7 +393,11 @@ class AccessFile:
     """
 
     def __init__(self, path: str) -> None:
-        self._writer = writer.standard("stdout", "access lines") if path == "-" else writer.Writer(path, "access lines")
+        self._writer = (
+            lossy_writer.standard("stdout", "access lines")
+            if path == "-"
+            else lossy_writer.Writer(path, "access lines")
+        )
         self._say_at = 0.0
 
     def write(self, line: str) -> None:

@@ -3,7 +3,7 @@
 A fork happens with every signal blocked in the forking thread, so that no signal is lost or read by the wrong process
 between the fork and the moment the child has handlers of its own. The child runs one function and leaves through
 `os._exit`: the `finally` blocks and `atexit` functions of whoever called fork never run in it. Those that the child
-registers itself do (see `exits`).
+registers itself do (see `exit_handlers`).
 
 Only pids that were forked here are ever waited for, so that a child which the host program started keeps its exit
 status.
@@ -32,9 +32,9 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
-import prefork.kernel.exits as exits
-import prefork.kernel.writer as writer
-from prefork.kernel.originals import select
+import prefork.kernel.exit_handlers as exit_handlers
+import prefork.kernel.lossy_writer as lossy_writer
+from prefork.kernel.unpatched import select
 
 # What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the
 # former mask one by one, at 230 us a fork with them.
@@ -261,17 +261,17 @@ def _child(main: Callable[[Callable[[], None]], int], mask: set[signal.Signals |
     code = 1
     try:
         signal.set_wakeup_fd(-1)
-        exits.forget()
+        exit_handlers.forget()
         wanted = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGABRT, signal.SIGXCPU}
         code = main(lambda: (signal.pthread_sigmask(signal.SIG_SETMASK, mask - wanted), None)[1])
-        exits.run()
+        exit_handlers.run()
     except BaseException:
         with contextlib.suppress(BaseException):
-            writer.standard("stderr").write(traceback.format_exc().encode("utf-8", "backslashreplace"))
+            lossy_writer.standard("stderr").write(traceback.format_exc().encode("utf-8", "backslashreplace"))
     finally:
         with contextlib.suppress(BaseException):
             _flush_finally()
-            writer.settle()
+            lossy_writer.settle()
         os._exit(code)
 
 

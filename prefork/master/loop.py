@@ -17,16 +17,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import prefork.kernel.inbox as inbox
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
+import prefork.kernel.signal_inbox as signal_inbox
 import prefork.link.lifeline as lifeline
 import prefork.rules.pacing as pacing
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
 from prefork.errors import BootError, PreforkError
 from prefork.kernel.listener import Listener, describe
-from prefork.kernel.process import prepare
+from prefork.kernel.own_process import prepare
 from prefork.link.scoreboard import Scoreboard
 from prefork.link.worker_context import INTERRUPT
 from prefork.master.worker_handle import Start, WorkerHandle, launch, log_exit
@@ -122,7 +122,7 @@ class Master:
         self._handles: dict[int, WorkerHandle] = {}
         self._asked: collections.deque[Callable[[], None]] = collections.deque()
         self._adopts = adopts
-        self._inbox = inbox.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
+        self._inbox = signal_inbox.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
         self._attention = pacing.Attention()
         self._deadlines = pacing.Deadlines()
         self._judge_at: float | None = None

@@ -20,7 +20,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 from prefork.servers.mixin import PreforkMixIn
 
 if TYPE_CHECKING:

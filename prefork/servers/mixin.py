@@ -21,7 +21,7 @@ import prefork.kernel.processes as processes
 import prefork.workers.client_errors as client_errors
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError
-from prefork.kernel.originals import refuse_patched
+from prefork.kernel.unpatched import refuse_patched
 from prefork.rules.worker_exit import WorkerExit
 from prefork.servers.runner import Service, check, renewed, service_of, worker_class
 from prefork.settings.settings import Options, Settings

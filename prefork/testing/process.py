@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import prefork.kernel.logs as logs
+import prefork.kernel.lossy_writer as lossy_writer
 import prefork.kernel.processes as processes
-import prefork.kernel.writer as writer
 import prefork.servers.mixin as mixin
 from prefork.errors import PreforkError
 
@@ -51,7 +51,7 @@ def _redirect(log: Path) -> None:
         os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False) for fd in (1, 2)
     )
     form = "%(asctime)s %(name)s[%(process)d] %(levelname)s: %(message)s"
-    logging.root.handlers[:] = [logs.Handler(writer.Writer(2), form)]
+    logging.root.handlers[:] = [logs.Handler(lossy_writer.Writer(2), form)]
     logging.getLogger("prefork").setLevel(logging.INFO)
 
 

@@ -44,7 +44,7 @@ def test_every_way_to_wait_fails(start: Start) -> None:
     """Where the system refuses every kind of waiting for a while, the pool is looked after all the same."""
     before = """
 selectors.EpollSelector.select = refusing(selectors.EpollSelector.select, errno.ENOMEM)
-import prefork.kernel.inbox
+import prefork.kernel.signal_inbox
 
 class Poll:
     def __init__(self):
@@ -56,7 +56,7 @@ class Select:
     poll = Poll
     POLLIN = select.POLLIN
 
-prefork.kernel.inbox.select = Select
+prefork.kernel.signal_inbox.select = Select
 """
     check_deaths_are_noticed(start, before)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
-from prefork.kernel.originals import refuse_patched
+from prefork.kernel.unpatched import refuse_patched
 from prefork.workers.accounting import FreeRequest, Request
 from prefork.workers.base import Worker
 from prefork.workers.intake.acceptor import RESOURCE_ERRORS

@@ -8,7 +8,7 @@ from typing import Any
 
 import prefork.link.scoreboard as scoreboard
 import prefork.workers.intake.dispatch as dispatch
-from prefork.kernel.originals import refuse_patched
+from prefork.kernel.unpatched import refuse_patched
 from prefork.workers.base import Worker
 from prefork.workers.intake.acceptor import Take, has_plain_peers
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
-from prefork.kernel.originals import refuse_patched
+from prefork.kernel.unpatched import refuse_patched
 from prefork.link.worker_context import INTERRUPT
 from prefork.workers.base import Worker
 from prefork.workers.handlers.filter import Filter, check_of

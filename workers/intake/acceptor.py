@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.link.scoreboard as scoreboard
-from prefork.kernel.originals import select, socket, time
+from prefork.kernel.unpatched import select, socket, time
 
 log = logs.get("prefork")
 

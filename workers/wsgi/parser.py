@@ -19,7 +19,7 @@ from urllib.parse import unquote_to_bytes
 import httptools
 
 from prefork.kernel.host_port import bracketed, host_port
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 from prefork.link.scoreboard import host_and_port
 
 DONTWAIT = int(socket.MSG_DONTWAIT)

@@ -20,7 +20,7 @@ from typing import Any
 import prefork.kernel.host_port as host_port
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-from prefork.kernel.originals import refuse_patched, select
+from prefork.kernel.unpatched import refuse_patched, select
 from prefork.link.worker_context import WorkerContext
 from prefork.workers.base import Worker
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS

@@ -17,7 +17,7 @@ from wsgiref.handlers import format_date_time
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 from prefork.workers.wsgi.parser import DONTWAIT, FAULTS, NO_BODY, Connection, Request
 
 log = logs.get("prefork")

@@ -15,7 +15,7 @@ from typing import Any
 import prefork.kernel.logs as logs
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError, RequestTimeout
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.link.worker_context import WorkerContext
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import prefork.kernel.logs as logs
-from prefork.kernel.writer import Writer, reopen, settle
+from prefork.kernel.lossy_writer import Writer, reopen, settle
 from support import descriptors
 from support.pipes import drained, fill, pipe
 
@@ -93,7 +93,7 @@ def test_full_pipe_without_proc(monkeypatch: pytest.MonkeyPatch, known: bool) ->
     monkeypatch.setattr(os, "open", without_proc)
     if not known:
         monkeypatch.setattr(os, "pwritev", lambda *arguments: os.lseek(-1, 0, 0))  # any error of the system would do
-        monkeypatch.setattr("prefork.kernel.writer._UNKNOWN", (9,))
+        monkeypatch.setattr("prefork.kernel.lossy_writer._UNKNOWN", (9,))
     with pipe() as (reader, end):
         to = Writer(end)
         fill(end)
@@ -162,7 +162,7 @@ def test_stopped_terminal() -> None:
 
 BACKGROUND = """
 import os, signal, sys, termios
-from prefork.kernel.writer import Writer
+from prefork.kernel.lossy_writer import Writer
 
 signal.signal(signal.SIGTTOU, lambda *_: os._exit(3))
 attributes = termios.tcgetattr(2)
