@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+import prefork.kernel.dev_null as dev_null
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
 import prefork.rules.pacing as pacing
@@ -346,7 +346,7 @@ class Worker:
         servers: Sequence[Any] = self.servers
         streams = [one.socket.fileno() for one in servers if one.socket_type == socket.SOCK_STREAM]
         with contextlib.suppress(OSError):
-            null = processes.nowhere()
+            null = dev_null.open_null()
             for fd in [self._uplink.fd, *streams]:
                 if fd >= 0:  # a listener that the program has closed
                     os.dup2(null, fd, inheritable=False)

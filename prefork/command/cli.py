@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.standard_streams as standard_streams
 import prefork.master.loop as loop
 import prefork.workers.lifecycle as lifecycle
 from prefork.command.program import Bind, Program
@@ -33,7 +33,7 @@ _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    processes.fill_standard()
+    standard_streams.fill()
     given = _parser().parse_args(arguments)
     with logs.operated(given.log_level):
         try:

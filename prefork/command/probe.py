@@ -26,6 +26,7 @@ from typing import Any
 import prefork.kernel.exit_handlers as exit_handlers
 import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
+import prefork.kernel.private_fds as private_fds
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
@@ -67,10 +68,10 @@ class Scout:
         self._answer: dict[str, Any] | None = None
         self._closed = False
         self._end: float | None = None  # when a child that is to leave is killed
-        with processes.fork_lock():
+        with private_fds.fork_lock():
             self._socket, theirs = socket.socketpair()
             ends = lifeline.Ends.open()
-            processes.private([self._socket.fileno()])
+            private_fds.add([self._socket.fileno()])
         self.fd = self._socket.fileno()
         main_thread = threading.current_thread() is threading.main_thread()
         lifeline.prepare()
@@ -93,12 +94,12 @@ class Scout:
         try:
             pid = processes.fork(main)
         except OSError:
-            processes.close(ends.of_master())
-            processes.forget([self.fd])
+            private_fds.close(ends.of_master())
+            private_fds.forget([self.fd])
             self._socket.close()
             raise
         finally:
-            processes.close([*ends.of_worker(), theirs.detach()])
+            private_fds.close([*ends.of_worker(), theirs.detach()])
         self._child = processes.Child(pid)
         self._ends: tuple[int, ...] = ends.of_master()
 
@@ -188,17 +189,17 @@ class Scout:
             with contextlib.suppress(OSError):  # what it has said and nobody has heard
                 while not self._closed:
                     self._take(self._socket.recv(65536, socket.MSG_DONTWAIT))
-        processes.close(self._fds)  # of an answer that nobody has used: with its lock a path would look alive
+        private_fds.close(self._fds)  # of an answer that nobody has used: with its lock a path would look alive
         self._fds = []
         for path, kind in self._claims:
             listener.clear(path, kind)
         self._child.release()
-        processes.close([self._socket.detach()])
+        private_fds.close([self._socket.detach()])
         return True
 
     def _let_go(self) -> None:
         """Of the child's lifeline and uplink."""
-        processes.close(self._ends)
+        private_fds.close(self._ends)
         self._ends = ()
 
 

@@ -24,7 +24,8 @@ from typing import Any
 import prefork.kernel.import_path as import_path
 import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.private_fds as private_fds
+import prefork.kernel.readiness as readiness
 import prefork.servers.mixin as mixin
 import prefork.servers.runner as runner
 import prefork.workers.intake.dispatch as dispatch
@@ -344,7 +345,7 @@ class Program:
         scout = self._scout(self._bind, timeout)
         try:
             while not scout.over():
-                processes.wait_readable(scout.fd, scout.deadline - time.monotonic())
+                readiness.wait_readable(scout.fd, scout.deadline - time.monotonic())
             answer, fds = scout.finish()
         except BaseException:
             scout.abandon()
@@ -380,7 +381,7 @@ class Program:
     def close(self) -> None:
         for claim in self.claims:
             claim.release()
-        processes.close(sock.detach() for sock in self.sockets)
+        private_fds.close(sock.detach() for sock in self.sockets)
         self.sockets, self.claims = [], []
         for one in self._scouts:
             one.abandon()

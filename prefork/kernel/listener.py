@@ -33,7 +33,8 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import prefork.kernel.host_port as host_port
-import prefork.kernel.processes as processes
+import prefork.kernel.private_fds as private_fds
+import prefork.kernel.readiness as readiness
 from prefork.errors import OptionError
 
 _SO_ATTACH_FILTER = 26
@@ -90,10 +91,10 @@ class Listener:
         self._servers, self._claim = sock, claim
         self._owner = os.getpid()
         # A descriptor of the master's own: the program may close its server while the pool still drains.
-        with processes.fork_lock():
+        with private_fds.fork_lock():
             self.socket = socket.socket(sock.family, sock.type, sock.proto)
             os.dup2(sock.fileno(), self.socket.fileno(), inheritable=False)
-            processes.private([self.socket.fileno()])
+            private_fds.add([self.socket.fileno()])
         self.stream = sock.type == socket.SOCK_STREAM
         self.unix = sock.family == socket.AF_UNIX
         self.spent = False  # shut down for good: to serve again it must be bound anew
@@ -111,7 +112,7 @@ class Listener:
     def close(self) -> None:
         """Give the master's own descriptor back."""
         if os.getpid() == self._owner and self.socket.fileno() >= 0:
-            processes.close([self.socket.detach()])
+            private_fds.close([self.socket.detach()])
 
     def __del__(self) -> None:
         # One that nobody closed must not leave its number among the private descriptors: it will be somebody else's.
@@ -164,11 +165,11 @@ class Listener:
 
     def waiting(self) -> bool:
         """Whether somebody is in the queue."""
-        return processes.readable(self.socket.fileno())
+        return readiness.is_readable(self.socket.fileno())
 
     def is_shut(self) -> bool:
         """Whether somebody has called shutdown() on the socket, which all processes of the pool share."""
-        return processes.has_ended(self.socket.fileno())
+        return readiness.has_ended(self.socket.fileno())
 
     def revive(self) -> None:
         """Listen again after a shutdown() of somebody else's, for the workers that are forked from now on.
@@ -259,7 +260,7 @@ class Claim:
     def _acquire(self, lock: str) -> int:
         while True:
             made = True
-            with processes.fork_lock():
+            with private_fds.fork_lock():
                 try:
                     fd = os.open(lock, _LOCK | os.O_CREAT | os.O_EXCL, 0o600)
                 except FileExistsError:
@@ -268,7 +269,7 @@ class Claim:
                         fd = os.open(lock, _LOCK)
                     except FileNotFoundError:
                         continue
-                processes.private([fd])
+                private_fds.add([fd])
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The former owner may have removed the file between our open and our lock.
@@ -278,15 +279,15 @@ class Claim:
             except FileNotFoundError:
                 pass
             except BlockingIOError:
-                processes.close([fd])
+                private_fds.close([fd])
                 raise OSError(errno.EADDRINUSE, "another server is running on this path", self.path) from None
             except BaseException:
                 if made:  # whoever has opened it meanwhile still finds out whether somebody listens on the path
                     with contextlib.suppress(OSError):
                         os.unlink(lock)
-                processes.close([fd])
+                private_fds.close([fd])
                 raise
-            processes.close([fd])
+            private_fds.close([fd])
 
     def _clear(self, kind: int) -> None:
         """Remove a stale socket. Holding the lock, only a server that is not ours can still be alive on it."""
@@ -352,7 +353,7 @@ class Claim:
         """Become the owner of a claim that another process made and will not release."""
         claim = cls.__new__(cls)
         claim.path, claim._file, claim._lock, claim._owner = path, file, lock, os.getpid()
-        processes.private([lock])
+        private_fds.add([lock])
         return claim
 
     def release(self) -> None:
@@ -364,7 +365,7 @@ class Claim:
                 os.unlink(self.path)
         with contextlib.suppress(OSError):
             os.unlink(self.path + ".lock")
-        processes.close([self._lock])
+        private_fds.close([self._lock])
         self._lock = -1
 
     def _is_there(self) -> bool:

@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import prefork.kernel.lossy_writer as lossy_writer
 import prefork.kernel.processes as processes
+import prefork.kernel.standard_streams as standard_streams
 
 FORMAT = "%(asctime)s prefork[%(process)s] %(levelname)s: %(message)s"
 LIMIT = 1000  # records that may wait for the program's handlers
@@ -332,9 +333,9 @@ def enter_child() -> None:
     the place of `sys.stderr` is left alone."""
     global _is_child
     _is_child = True
-    processes.fill_standard()
+    standard_streams.fill()
     if _forking.stuck:
-        processes.renew_stream("stdout")
+        standard_streams.renew("stdout")
     for handler in handlers():
         if isinstance(handler, logging.StreamHandler) and handler.stream is not None:
             name = _name_of(handler.stream)
@@ -507,8 +508,8 @@ class Background:
             # It holds the lock of a handler, and perhaps of a stream: at the end of the interpreter these would be
             # waited for.
             atexit.unregister(logging.shutdown)
-            processes.renew_stream("stderr")
-            processes.renew_stream("stdout")
+            standard_streams.renew("stderr")
+            standard_streams.renew("stdout")
         self._add(None)
         if done and self._thread is not None:
             self._thread.join(FAREWELL)

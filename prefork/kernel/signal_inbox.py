@@ -29,7 +29,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import prefork.kernel.processes as processes
+import prefork.kernel.private_fds as private_fds
+import prefork.kernel.readiness as readiness
 
 # A frame takes 3.4 KiB with AVX-512, 12 KiB with AMX; a master handles eight signals. Memory is what is touched of it.
 _ROOM = 512 * 1024
@@ -48,13 +49,13 @@ class Inbox:
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
         self._signals = tuple(signals)
-        with processes.fork_lock():
+        with private_fds.fork_lock():
             self._selector = selectors.DefaultSelector()
             self._receiver, self._sender = socket.socketpair()
             self._own = [self._receiver.fileno(), self._sender.fileno()]
             if isinstance(self._selector, selectors.EpollSelector):
                 self._own.append(self._selector.fileno())
-            processes.private(self._own)
+            private_fds.add(self._own)
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         self._selector.register(self._receiver, selectors.EVENT_READ)
@@ -89,7 +90,7 @@ class Inbox:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        processes.forget(self._own)
+        private_fds.forget(self._own)
         for each in (self._selector, self._receiver, self._sender):
             with contextlib.suppress(OSError):  # the descriptor is gone whatever close(2) says
                 each.close()
@@ -132,7 +133,7 @@ class Inbox:
         """Sleep until a signal, a `wake()`, or the end of the time."""
         if not self._pending:
             try:
-                processes.wait_readable(self._receiver.fileno(), seconds)
+                readiness.wait_readable(self._receiver.fileno(), seconds)
             except Exception:
                 time.sleep(_PAUSE)
 

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import prefork.kernel.processes as processes
+import prefork.kernel.private_fds as private_fds
 
 READY = b"\x01"
 LEAVES = b"\x02"  # it drains although the master may not have asked
@@ -58,14 +58,14 @@ class Ends:
         """Raises OSError (EMFILE, ENFILE), leaving nothing open."""
         fds: list[int] = []
         try:
-            with processes.fork_lock():
+            with private_fds.fork_lock():
                 for private in (1, 0):
                     fds += (pipe := os.pipe())
-                    processes.private([pipe[private]])
+                    private_fds.add([pipe[private]])
             for fd in fds[2:]:
                 os.set_blocking(fd, False)
         except BaseException:
-            processes.close(fds)
+            private_fds.close(fds)
             raise
         return cls(*fds)
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import prefork.kernel.inherited_pipes as inherited_pipes
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.kernel.signal_inbox as signal_inbox
@@ -118,7 +119,7 @@ class Master:
         self.pool = pool.Pool(options, random.Random())
         self.board = Scoreboard()
         self._start, self._title, self._use_pidfd = start, title, use_pidfd
-        self._pipes = processes.pipes()
+        self._pipes = inherited_pipes.snapshot()
         self._handles: dict[int, WorkerHandle] = {}
         self._asked: collections.deque[Callable[[], None]] = collections.deque()
         self._adopts = adopts

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import prefork.kernel.inherited_pipes as inherited_pipes
 import prefork.kernel.logs as logs
+import prefork.kernel.private_fds as private_fds
 import prefork.kernel.processes as processes
 import prefork.link.lifeline as lifeline
 from prefork.link.scoreboard import Entry, Scoreboard
@@ -55,7 +57,7 @@ class WorkerHandle:
 
     def release(self) -> None:
         self.child.release()
-        processes.close([self.lifeline_write, self.link.fd])
+        private_fds.close([self.lifeline_write, self.link.fd])
 
 
 def launch(
@@ -97,15 +99,15 @@ def launch(
 
         def main(unblock: Callable[[], None]) -> int:
             if beside and pipes is not None:
-                processes.drop_pipes(pipes, ends.of_worker())
+                inherited_pipes.drop(pipes, ends.of_worker())
             return start(context, unblock)
 
         pid = processes.fork(main)
     except BaseException:
-        processes.close(ends.of_master())
+        private_fds.close(ends.of_master())
         raise
     finally:
-        processes.close(ends.of_worker())
+        private_fds.close(ends.of_worker())
     child = processes.Child(pid, use_pidfd=use_pidfd)
     return WorkerHandle(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read, token), born)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.standard_streams as standard_streams
 import prefork.workers.client_errors as client_errors
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError
@@ -197,13 +197,13 @@ class PreforkMixIn(Settings):
 
         If none comes, `handle_timeout()` is called.
         """
-        processes.fill_standard()
+        standard_streams.fill()
         pool = service_of(self)
         refuse_patched(MASTERS, "a master", "patch in the worker")
         if worker_class(self.worker_class).application:
             raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
         options = check([self], SyncWorker)  # which serves single requests, whatever the pool's worker_class is
-        processes.lift(self.socket)
+        standard_streams.free_number_of(self.socket)
         pool.reap_singles()
         if self._spent or self._held:
             listener = listeners.Listener(renewed(self), held=self._held)
@@ -293,12 +293,12 @@ def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None
     OptionError, BootError
         as `serve_forever()` does.
     """
-    processes.fill_standard()
+    standard_streams.fill()
     try:
         refuse_patched(MASTERS, "a master", "patch in the setup() of a worker class, or let the command serve it")
         options = check(servers)
         for server in servers:
-            processes.lift(server.socket)  # type: ignore[attr-defined]
+            standard_streams.free_number_of(server.socket)  # type: ignore[attr-defined]
     except BaseException:
         for server in servers:
             service_of(server).stopped.set()  # a shutdown() that waits for this loop waits for nothing

@@ -33,7 +33,10 @@ from typing import Any, TypeVar
 
 import psutil
 
+import prefork.kernel.private_fds as private_fds
 import prefork.kernel.processes as processes
+import prefork.kernel.readiness as readiness
+import prefork.kernel.standard_streams as standard_streams
 import prefork.link.lifeline as lifeline
 import prefork.testing.process as testbed
 
@@ -99,7 +102,7 @@ class Pool:
     def __init__(
         self, serve: Any, handler: Any, address: Any, timeout: float, allow: Iterable[str], settings: dict[str, Any]
     ) -> None:
-        processes.fill_standard()  # for the numbers of the pipes below
+        standard_streams.fill()  # for the numbers of the pipes below
         self.timeout = timeout
         self.exit_code: int | None = None
         self._allowed = list(allow)
@@ -107,9 +110,9 @@ class Pool:
         self._directory = Path(tempfile.mkdtemp(prefix="prefork-"))
         self._log = self._directory / "log"
         self._refuse = mmap.mmap(-1, 1)  # shared with the child
-        with processes.fork_lock():
+        with private_fds.fork_lock():
             armed, self._lifeline = os.pipe()
-            processes.private([self._lifeline])
+            private_fds.add([self._lifeline])
         hear, tell = os.pipe()
 
         def main(unblock: Callable[[], None]) -> int:
@@ -260,7 +263,7 @@ class Pool:
                     one.kill()
             time.sleep(0.005)
         self._child.release()
-        processes.close([self._lifeline])
+        private_fds.close([self._lifeline])
         self._refuse.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -268,7 +271,7 @@ class Pool:
 
     def _hear_address(self, fd: int) -> None:
         with open(fd, encoding="utf-8") as pipe:
-            self._until(lambda: processes.wait_readable(pipe.fileno(), 0.1), "the pool's server is made")
+            self._until(lambda: readiness.wait_readable(pipe.fileno(), 0.1), "the pool's server is made")
             told = pipe.read()
         if not told:
             self._until(self._has_ended, "the pool ends")

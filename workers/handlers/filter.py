@@ -25,7 +25,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.readiness as readiness
 from prefork.errors import OptionError
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Accepted, Acceptor, Taker
 
@@ -259,7 +259,7 @@ class Filter:
         server, request, _ = taken
         try:
             # With a timeout a socket would wait for it, whatever the flags say.
-            if request.gettimeout() and not processes.readable(request.fileno()):
+            if request.gettimeout() and not readiness.is_readable(request.fileno()):
                 return False
             data = request.recv(check.most, _PEEK)
         except BlockingIOError:
@@ -288,7 +288,7 @@ class Filter:
         fd, one = next(iter(self._waiting.items()))
         self._remove(fd)
         server, request, peer = one.taken
-        if self._is_there(one.taken, one.check) or processes.has_ended(fd):
+        if self._is_there(one.taken, one.check) or readiness.has_ended(fd):
             return one.taken
         try:
             server.shutdown_request(request)

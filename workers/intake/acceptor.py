@@ -29,8 +29,9 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
+import prefork.kernel.dev_null as dev_null
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.readiness as readiness
 import prefork.link.scoreboard as scoreboard
 from prefork.kernel.unpatched import select, socket, time
 
@@ -84,7 +85,7 @@ class Acceptor:
         self._looks: list[list[int]] | None = None
         self._outside: set[int] = set()  # what the epoll of `take()` should wait for, and has no room for
         if len(servers) == 1:
-            self._null = processes.nowhere()
+            self._null = dev_null.open_null()
         else:
             self._wait, self._wake = self._waiter()
 
@@ -116,9 +117,9 @@ class Acceptor:
         worker = self._worker
         if worker.draining or worker.pool_drains:
             # A listener with a timeout does not say EAGAIN. A handshake that took too long is no end of the queue.
-            silent = isinstance(error, TimeoutError) and not processes.readable(self.fds[0])
+            silent = isinstance(error, TimeoutError) and not readiness.is_readable(self.fds[0])
             # The kernel looks for a descriptor first, and then for a connection: there may be nobody to give it to.
-            vain = error.errno in RESOURCE_ERRORS and (self._left or not processes.readable(self.fds[0]))
+            vain = error.errno in RESOURCE_ERRORS and (self._left or not readiness.is_readable(self.fds[0]))
             if silent or vain or error.errno in _OVER:
                 worker.draining = True
                 return True
@@ -226,7 +227,7 @@ class Acceptor:
         os.set_blocking(sender, False)
 
         def wake() -> None:
-            processes.wake_reader(receiver, sender)
+            readiness.wake_reader(receiver, sender)
 
         if _EXCLUSIVE:
             self._epoll = select.epoll()
@@ -330,12 +331,12 @@ class Acceptor:
             # A Unix listener that was shut down because the whole pool stops says EINVAL, maybe before TERM has come.
             leaving = self._worker.draining or self._worker.pool_drains
             if error.errno in RESOURCE_ERRORS:
-                if processes.readable(fd):
+                if readiness.is_readable(fd):
                     raise
                 return None  # the kernel looks for a descriptor first; there is nobody to give it to
             if error.errno in _BROKEN and not leaving:
                 raise
-            if fd in self._unix and not leaving and processes.has_ended(fd):
+            if fd in self._unix and not leaving and readiness.has_ended(fd):
                 # It says EAGAIN, for ever, while an epoll reports it.
                 raise OSError(errno.EINVAL, "the listener was shut down") from None
             return None
@@ -422,7 +423,7 @@ def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
 
         def plain() -> tuple[Any, Any]:
             data, peer = receive(server.max_packet_size)
-            if not (peer or data) and (not local or processes.has_ended(answers.fileno())):
+            if not (peer or data) and (not local or readiness.has_ended(answers.fileno())):
                 # What SHUT_RD makes of a recvfrom: it is the master's where the whole pool stops.
                 raise OSError(errno.EAGAIN if board.pool_drains else errno.EINVAL, "the listener was shut down")
             return (data, answers), peer

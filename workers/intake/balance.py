@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, Protocol
 
-import prefork.kernel.processes as processes
+import prefork.kernel.readiness as readiness
 import prefork.link.scoreboard as scoreboard
 
 ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings
@@ -54,7 +54,7 @@ class ConnectionBalancer:
         """How many connections wait at a listener; where that is not known, which is not TCP, 1 if any does."""
         if fd in self._counted:
             return _length(self._servers[fd]) or 0
-        return int(processes.readable(fd))  # a fraction of what a vain accept costs
+        return int(readiness.is_readable(fd))  # a fraction of what a vain accept costs
 
     def whose(self, fd: int, held: int, single: bool) -> int:
         """Whose the queue of a listener is: `EMPTY` (it is empty), `TAKE`, or rather `YIELD`, of the siblings.

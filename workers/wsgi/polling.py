@@ -19,7 +19,7 @@ from typing import Any
 
 import prefork.kernel.host_port as host_port
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.readiness as readiness
 from prefork.kernel.unpatched import refuse_patched, select
 from prefork.link.worker_context import WorkerContext
 from prefork.workers.base import Worker
@@ -91,7 +91,7 @@ class PollingWorker(Limits, Worker):
         self._forked = True
 
     def drain(self) -> None:
-        processes.wake_reader(self._wake_read, self._wake_write)
+        readiness.wake_reader(self._wake_read, self._wake_write)
         self._turns.wake()
 
     def prepare_to_accept(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from wsgiref.handlers import format_date_time
 
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.readiness as readiness
 from prefork.kernel.unpatched import select
 from prefork.workers.wsgi.parser import DONTWAIT, FAULTS, NO_BODY, Connection, Request
 
@@ -346,7 +346,7 @@ class Response(Request):
         """What is written after the end of the answer. Its client may leave by then: an application that writes for
         ever has to be told."""
         self.excess = not self._head_only()
-        if processes.has_ended(self._connection.fd):
+        if readiness.has_ended(self._connection.fd):
             raise self._lost("the client has left")
 
     def _lost(self, why: object) -> Gone:

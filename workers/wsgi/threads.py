@@ -36,7 +36,7 @@ from time import monotonic
 from typing import Protocol
 
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.standard_streams as standard_streams
 from prefork.workers.lifecycle import exit_code
 from prefork.workers.wsgi.parser import Connection
 
@@ -247,7 +247,7 @@ class LeaderFollowers:
             self._host.serve(connection)
         except BaseException as error:
             if self._host.disowned:  # the end of a process that the application has forked: it has no other thread
-                processes.flush()
+                standard_streams.flush()
                 os._exit(exit_code(error) if isinstance(error, SystemExit) else 1)
             log.exception("worker %d: in a thread", self._host.slot)
             self._unbegun.discard(connection)
