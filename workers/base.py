@@ -22,6 +22,7 @@ from time import monotonic
 from typing import Any
 
 import prefork.kernel.dev_null as dev_null
+import prefork.kernel.log_rotation as log_rotation
 import prefork.kernel.logs as logs
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
@@ -353,7 +354,7 @@ class Worker:
             os.close(null)
 
     def _on_reopen(self, signum: int, frame: types.FrameType | None) -> None:
-        logs.reopen()
+        log_rotation.reopen()
 
     # -- life ------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Sequence
 
 import prefork.kernel.listener as listener
+import prefork.kernel.log_stderr as log_stderr
 import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
 import prefork.master.loop as loop
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (PreforkError, OSError) as error:
             code = error.exit_code if isinstance(error, PreforkError) else 1
             text = f"{given.program}: {error}" if isinstance(error, ProgramError) else _plain(error)
-            logs.write(f"prefork: error: {text}\n")
+            log_stderr.write(f"prefork: error: {text}\n")
             return code
         except KeyboardInterrupt:
             return 130

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import prefork.kernel.inherited_pipes as inherited_pipes
+import prefork.kernel.log_rotation as log_rotation
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.kernel.signal_inbox as signal_inbox
@@ -320,7 +321,7 @@ class Master:
         elif one is signal.SIGTTOU:
             self._resize(self.pool.size - 1)
         elif one is signal.SIGUSR1:
-            logs.reopen()
+            log_rotation.reopen()
             for handle in self._handles.values():
                 self._send(handle, signal.SIGUSR1)
 

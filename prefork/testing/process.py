@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import prefork.kernel.logs as logs
+import prefork.kernel.log_stderr as log_stderr
 import prefork.kernel.lossy_writer as lossy_writer
 import prefork.kernel.processes as processes
 import prefork.servers.mixin as mixin
@@ -51,7 +51,7 @@ def _redirect(log: Path) -> None:
         os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False) for fd in (1, 2)
     )
     form = "%(asctime)s %(name)s[%(process)d] %(levelname)s: %(message)s"
-    logging.root.handlers[:] = [logs.Handler(lossy_writer.Writer(2), form)]
+    logging.root.handlers[:] = [log_stderr.Handler(lossy_writer.Writer(2), form)]
     logging.getLogger("prefork").setLevel(logging.INFO)
 
 

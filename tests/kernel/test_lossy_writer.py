@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import prefork.kernel.logs as logs
+import prefork.kernel.log_stderr as log_stderr
 from prefork.kernel.lossy_writer import Writer, reopen, settle
 from support import descriptors
 from support.pipes import drained, fill, pipe
@@ -314,7 +314,7 @@ def test_children_count_for_themselves() -> None:
 def test_handler() -> None:
     """A record is one line with time and pid; one that cannot be formatted is written raw, and nothing is raised."""
     with pipe() as (reader, end):
-        handler = logs.Handler(Writer(end))
+        handler = log_stderr.Handler(Writer(end))
         log = logging.Logger("here")
         log.addHandler(handler)
         log.error("caf\u00e9 \udcff %s", "x")
@@ -329,7 +329,7 @@ def test_handler_without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program may tell logging not to look for the pid; these lines have it nevertheless."""
     monkeypatch.setattr(logging, "logProcesses", False)
     with pipe() as (reader, end):
-        handler = logs.Handler(Writer(end))
+        handler = log_stderr.Handler(Writer(end))
         handler.handle(logging.makeLogRecord({"msg": "said", "process": None}))
         assert f" prefork[{os.getpid()}] ".encode() in drained(reader)
         handler.writer.close()

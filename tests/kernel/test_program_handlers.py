@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import prefork
+import prefork.kernel.log_thread as log_thread
 import prefork.kernel.logs as logs
 from support import Address, Program, ask, patterns, until, within
 from support.pipes import drained, fill, pipe
@@ -409,9 +410,9 @@ class Held(logging.Handler):
         self.given.append(record.getMessage())
 
 
-def background() -> logs.Background:
-    assert logs._background is not None
-    return logs._background
+def background() -> log_thread.Background:
+    assert log_thread.current is not None
+    return log_thread.current
 
 
 @contextlib.contextmanager
@@ -430,8 +431,8 @@ def held() -> Iterator[tuple[logging.Logger, Held]]:
 
 def test_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue for slow handlers is bounded; what was dropped is said with the next record that fits."""
-    monkeypatch.setattr(logs, "LIMIT", 3)
-    monkeypatch.setattr(logs, "STUCK", 60.0)
+    monkeypatch.setattr(log_thread, "LIMIT", 3)
+    monkeypatch.setattr(log_thread, "STUCK", 60.0)
     with held() as (logger, handler):
         logger.error("0")
         until(lambda: background()._since > 0.0)
@@ -445,7 +446,7 @@ def test_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_handler_that_returns_after_all(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """A handler that returns late gets the records that come then; those in between were on standard error."""
-    monkeypatch.setattr(logs, "STUCK", 0.05)
+    monkeypatch.setattr(log_thread, "STUCK", 0.05)
     with held() as (logger, handler):
         logger.error("first")
         until(lambda: background().is_stuck)

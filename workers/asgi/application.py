@@ -20,6 +20,7 @@ import uvicorn.protocols.websockets.auto  # noqa: F401
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+import prefork.kernel.access_file as access_file
 import prefork.kernel.logs as logs
 from prefork.errors import PreforkError, RequestTimeout
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
@@ -78,7 +79,7 @@ class Connections(set[Any]):
 class AccessLog:
     """Stands in the place of the logger on which uvicorn's protocols log each answer."""
 
-    def __init__(self, file: logs.AccessFile) -> None:
+    def __init__(self, file: access_file.AccessFile) -> None:
         self._file, self._second, self._when = file, 0, ""
 
     def info(self, message: str, *arguments: object, **others: object) -> None:
@@ -196,7 +197,7 @@ class ASGIApplication:
     """
 
     def __init__(
-        self, app: Any, worker: Accounts, given: Mapping[str, Any], accesses: logs.AccessFile | None = None
+        self, app: Any, worker: Accounts, given: Mapping[str, Any], accesses: access_file.AccessFile | None = None
     ) -> None:
         options = worker.options
         logs.get("uvicorn.error")  # on which the protocols report exceptions of the application

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import Any
 
+import prefork.kernel.access_file as access_file
 import prefork.kernel.logs as logs
 from prefork.errors import OptionError
 from prefork.workers.eventloop.base import TURN, LoopWorker, bared
@@ -66,7 +67,7 @@ class ASGIWorker(LoopWorker):
     _left_at = 0.0
 
     def setup(self) -> None:
-        self._accesses = logs.AccessFile(self.options.access_log) if self.options.access_log else None
+        self._accesses = access_file.AccessFile(self.options.access_log) if self.options.access_log else None
         self._runner.run(self._start())
 
     async def _start(self) -> None:

@@ -5,7 +5,7 @@ Each worker opens the file for itself and appends: lines of several workers do n
 
 import time
 
-from prefork.kernel.logs import AccessFile
+from prefork.kernel.access_file import AccessFile
 from prefork.workers.wsgi.parser import Connection
 from prefork.workers.wsgi.response import Response
 
