@@ -16,6 +16,7 @@ import prefork.kernel.listener as listener
 import prefork.kernel.log_stderr as log_stderr
 import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
+import prefork.kernel.unix_path as unix_path
 import prefork.master.loop as loop
 import prefork.workers.lifecycle as lifecycle
 from prefork.command.program import Bind, Program
@@ -124,7 +125,7 @@ def _run(program: Program, options: Options) -> int:
 
 def _path_of(sock: socket.socket) -> str:
     address = sock.getsockname()
-    return listener.real_path(address) if isinstance(address, str) and address else ""
+    return unix_path.real_path(address) if isinstance(address, str) and address else ""
 
 
 class _Hooks:

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from typing import Any
 
 import prefork.kernel.exit_handlers as exit_handlers
-import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.processes as processes
+import prefork.kernel.unix_path as unix_path
 import prefork.link.lifeline as lifeline
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.own_process import set_title
@@ -192,7 +192,7 @@ class Scout:
         private_fds.close(self._fds)  # of an answer that nobody has used: with its lock a path would look alive
         self._fds = []
         for path, kind in self._claims:
-            listener.clear(path, kind)
+            unix_path.clear(path, kind)
         self._child.release()
         private_fds.close([self._socket.detach()])
         return True
@@ -205,7 +205,7 @@ class Scout:
 
 def _answer(work: Work, to: socket.socket) -> None:
     fds: list[int] = []
-    listener.Claim.made = lambda path, kind: _send(to, {"claim": [path, kind]})
+    unix_path.Claim.announce = lambda path, kind: _send(to, {"claim": [path, kind]})
     try:
         answer, fds = work()
     except ToldToLeave:

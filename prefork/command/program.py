@@ -26,6 +26,7 @@ import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.readiness as readiness
+import prefork.kernel.unix_path as unix_path
 import prefork.servers.mixin as mixin
 import prefork.servers.runner as runner
 import prefork.workers.intake.dispatch as dispatch
@@ -325,7 +326,7 @@ class Program:
         # They count when a server binds, before anybody sees it.
         self._of_files = {name: flags[name] for name in _BOUND if name in flags}
         self.sockets: list[socket.socket] = []
-        self.claims: list[listener.Claim] = []
+        self.claims: list[unix_path.Claim] = []
         self.settings: dict[str, object] = {}
         self._asked: list[object] = []  # the addresses as they were asked for, before the kernel chose a port
         self._scouts: list[Scout] = []
@@ -352,7 +353,7 @@ class Program:
             raise
         number = len(answer["asked"])
         self.claims = [
-            listener.Claim.take_over(path, tuple(file) if file else None, lock)
+            unix_path.Claim.take_over(path, tuple(file) if file else None, lock)
             for (path, file), lock in zip(answer["claims"], fds[number:], strict=True)
         ]
         self.settings, self._asked = answer["settings"], answer["asked"]
@@ -487,7 +488,7 @@ class Program:
                 with socket.socket(made.address_family, made.socket_type) as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(made.server_address)
-            where = listener.name(made.address_family, made.socket_type, made.server_address)
+            where = listener.describe_address(made.address_family, made.socket_type, made.server_address)
             raise OptionError(f"the program now wants {where}; other addresses take a new start")
 
         try:

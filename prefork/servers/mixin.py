@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
+import prefork.kernel.unix_path as unix_path
 import prefork.workers.client_errors as client_errors
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError
@@ -67,7 +68,7 @@ class PreforkMixIn(Settings):
     get_request: Callable[[], tuple[Any, Any]]
 
     _pool: "Service | None" = None
-    _claim: listeners.Claim | None = None
+    _claim: unix_path.Claim | None = None
     worker: Worker | None = None  # in a worker: itself, for `self.server.worker.extend_deadline()` in a handler
     _spent = False  # the listener was shut down for good by a stop (Unix), and is to be bound anew
     _held = False  # it still has a stop's filter
@@ -93,13 +94,13 @@ class PreforkMixIn(Settings):
             super().server_bind()  # type: ignore[misc]
             return
         options = Options.of(self)
-        group = listeners.group(options.unix_group)
+        group = unix_path.group_id(options.unix_group)
         mode = options.unix_mode
         if mode is None:
             mode = 0o600 if group is None else 0o660
-        self._claim = listeners.Claim(os.fsdecode(path), self.socket_type)
+        self._claim = unix_path.Claim(os.fsdecode(path), self.socket_type)
         try:
-            with listeners.permissions(mode if group is None else mode & 0o700):  # the rest is for that group
+            with unix_path.permissions(mode if group is None else mode & 0o700):  # the rest is for that group
                 super().server_bind()  # type: ignore[misc]
             self._claim.bound()
             if group is not None:

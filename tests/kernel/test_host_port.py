@@ -131,7 +131,7 @@ def test_a_client_in_the_report(start: Start) -> None:
 def test_every_name_is_the_same(host: str, text: str) -> None:
     """A listener, a client on the scoreboard, and a client in the log are called alike."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    assert listener.name(family, socket.SOCK_STREAM, (host, 80)) == f"tcp://{text}"
+    assert listener.describe_address(family, socket.SOCK_STREAM, (host, 80)) == f"tcp://{text}"
     board = Scoreboard()
     slot = board.slot(0)
     slot.set_peer((host, 80, 0, 0))
