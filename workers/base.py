@@ -24,8 +24,8 @@ from typing import Any
 import prefork.kernel.dev_null as dev_null
 import prefork.kernel.log_rotation as log_rotation
 import prefork.kernel.logs as logs
-import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
+import prefork.link.uplink as uplink
 import prefork.rules.pacing as pacing
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import RequestTimeout
@@ -100,7 +100,7 @@ class Worker:
         self._forking = threading.local()  # the signal mask of a thread that forks
         self._disowned = False  # in a child that the program forked from this worker
         self._board = context.board
-        self._uplink = lifeline.Uplink(context.uplink_write, context.token)
+        self._uplink = uplink.UplinkWriter(context.uplink_write, context.token)
         self._recycle_requested = False
         self._ready = False
         self._acceptor: Acceptor | None = None
@@ -158,7 +158,7 @@ class Worker:
         if late and not self._stuck:
             self._stuck = True
             faulthandler.dump_traceback(self._uplink.fd, all_threads=True)
-            self._uplink.say(lifeline.STUCK)
+            self._uplink.say(uplink.STUCK)
             self._on_term(signal.SIGTERM, None)
 
     def teardown(self) -> None:
@@ -223,7 +223,7 @@ class Worker:
 
     def leave(self) -> None:
         """Take nothing new, finish what is in hand, be replaced at once; as after TERM. For the main thread."""
-        self._uplink.say(lifeline.EXITS)
+        self._uplink.say(uplink.EXITS)
         self._on_term(signal.SIGTERM, None)
 
     def serving(self, peer: object = "", timeout: float | None = None) -> Request:
@@ -249,11 +249,11 @@ class Worker:
         """Ask to be replaced. The worker serves on until its replacement is ready."""
         if not self._recycle_requested:
             self._recycle_requested = True
-            self._uplink.say(lifeline.RECYCLE, reason)
+            self._uplink.say(uplink.RECYCLE, reason)
 
     def _ask_to_stop(self) -> None:
         """Ask the master to stop the whole pool gracefully. Returns at once."""
-        self._uplink.say(lifeline.STOP)
+        self._uplink.say(uplink.STOP)
 
     # -- between two requests --------------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class Worker:
         self._board.set_phase(Phase.DRAINING)  # also where an empty queue told it first that the pool stops
         if not self.draining:
             self.draining = True
-            self._uplink.say(lifeline.LEAVES)
+            self._uplink.say(uplink.LEAVES)
             try:
                 self.drain()
             except Exception:
@@ -301,7 +301,7 @@ class Worker:
     def _on_quit(self, signum: int, frame: types.FrameType | None) -> None:
         self._board.set_phase(Phase.LEAVING)
         if self._board.floats[scoreboard.BUSY_SINCE]:
-            self._uplink.say(lifeline.LEAVES)
+            self._uplink.say(uplink.LEAVES)
             os._exit(0)
         self.quitting = True
         self._on_term(signum, frame)
@@ -372,7 +372,7 @@ class Worker:
         signal.signal(signal.SIGQUIT, self._on_quit)
         self._say_threads(self.threads)
         self._board.set_phase(Phase.SERVING)
-        self._uplink.say(lifeline.READY)
+        self._uplink.say(uplink.READY)
         set_title(f"{self._context.title} ready")
         code = 0
         try:

@@ -18,6 +18,7 @@ import prefork.kernel.logs as logs
 import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
 from prefork.kernel.own_process import set_title
+from prefork.link.uplink import EXITS, LEAVES, UplinkWriter
 from prefork.link.worker_context import INTERRUPT, WorkerContext
 
 
@@ -43,7 +44,7 @@ ABANDONED = 0.5  # seconds for which a child whose boot came to nothing waits fo
 
 def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock: Callable[[], None]) -> int:
     """The child's whole life, given to `processes.fork`. Returns its exit code."""
-    uplink = lifeline.Uplink(context.uplink_write, context.token)
+    uplink = UplinkWriter(context.uplink_write, context.token)
     life: Life | None = None
     lifeline.arm(context.lifeline_read, main_thread=context.main_thread)
     logs.enter_child()
@@ -64,7 +65,7 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
         code = life.live()
     except BaseException as error:
         if told:  # whatever the program has made of that
-            uplink.say(lifeline.LEAVES)
+            uplink.say(LEAVES)
             code = 0
         elif isinstance(error, SystemExit):
             code = exit_code(error)
@@ -85,7 +86,7 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
         signal.signal(INTERRUPT, signal.SIG_IGN)
         life._board.floats[scoreboard.DEADLINE] = 0.0  # of a request that has ended it
         if exit_handlers.pending():
-            uplink.say(lifeline.EXITS)  # the master sees to it that this ends
+            uplink.say(EXITS)  # the master sees to it that this ends
         exit_handlers.run(0.0 if life._stuck else None, late=uplink.tell)
     return code
 

@@ -29,6 +29,7 @@ import prefork.kernel.private_fds as private_fds
 import prefork.kernel.processes as processes
 import prefork.kernel.unix_path as unix_path
 import prefork.link.lifeline as lifeline
+import prefork.link.worker_pipes as worker_pipes
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.own_process import set_title
 from prefork.settings.settings import Options
@@ -70,7 +71,7 @@ class Scout:
         self._end: float | None = None  # when a child that is to leave is killed
         with private_fds.fork_lock():
             self._socket, theirs = socket.socketpair()
-            ends = lifeline.Ends.open()
+            ends = worker_pipes.WorkerPipes.open()
             private_fds.add([self._socket.fileno()])
         self.fd = self._socket.fileno()
         main_thread = threading.current_thread() is threading.main_thread()

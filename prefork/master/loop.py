@@ -23,6 +23,7 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.kernel.signal_inbox as signal_inbox
 import prefork.link.lifeline as lifeline
+import prefork.link.uplink as uplink
 import prefork.rules.pacing as pacing
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
@@ -374,17 +375,17 @@ class Master:
             self._inbox.unwatch(handle.link.fd)
             handle.closed_at = self._sweep_at = now
         for message, text in messages.items():
-            if message == lifeline.READY:
+            if message == uplink.READY:
                 self.pool.booted(pid, now)
-            elif message == lifeline.LEAVES:
+            elif message == uplink.LEAVES:
                 self.pool.leaves(pid, now)
-            elif message == lifeline.STUCK:
+            elif message == uplink.STUCK:
                 self.pool.leaves(pid, now, Reason.REQUEST_TIMEOUT)
-            elif message == lifeline.EXITS:
+            elif message == uplink.EXITS:
                 self.pool.leaves(pid, now, Reason.EXITED)
-            elif message == lifeline.RECYCLE:
+            elif message == uplink.RECYCLE:
                 self.pool.wear_out(pid, _plain(text))
-            elif message == lifeline.STOP:
+            elif message == uplink.STOP:
                 log.info("worker %d (pid %d) asks the pool to stop: shutdown() was called in it", handle.slot, pid)
                 self._stop(Stage.SETTLING)
 

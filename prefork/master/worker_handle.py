@@ -11,7 +11,8 @@ import prefork.kernel.inherited_pipes as inherited_pipes
 import prefork.kernel.logs as logs
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.processes as processes
-import prefork.link.lifeline as lifeline
+import prefork.link.uplink as uplink
+import prefork.link.worker_pipes as worker_pipes
 from prefork.link.scoreboard import Entry, Scoreboard
 from prefork.link.worker_context import WorkerContext
 from prefork.rules.worker_exit import Reason, WorkerExit
@@ -31,7 +32,7 @@ class WorkerHandle:
     generation: int
     child: processes.Child
     lifeline_write: int
-    link: lifeline.Downlink
+    link: uplink.UplinkReader
     born: float
     closed: bool = False  # its end of the uplink
     closed_at: float = 0.0
@@ -79,9 +80,9 @@ def launch(
         EMFILE, ENFILE, EAGAIN, ENOMEM: nothing was left open.
     """
     born = time.monotonic()
-    token = random.randbytes(lifeline.TOKEN)  # against accidents: whoever runs in the worker can read it anyway
+    token = random.randbytes(uplink.TOKEN)  # against accidents: whoever runs in the worker can read it anyway
     beside = pipes is not None and bool(processes.threads_left_behind())
-    ends = lifeline.Ends.open()
+    ends = worker_pipes.WorkerPipes.open()
     try:
         board.clear(slot)
         context = WorkerContext(
@@ -109,7 +110,9 @@ def launch(
     finally:
         private_fds.close(ends.of_worker())
     child = processes.Child(pid, use_pidfd=use_pidfd)
-    return WorkerHandle(slot, generation, child, ends.lifeline_write, lifeline.Downlink(ends.uplink_read, token), born)
+    return WorkerHandle(
+        slot, generation, child, ends.lifeline_write, uplink.UplinkReader(ends.uplink_read, token), born
+    )
 
 
 def log_exit(report: WorkerExit, *, known: str = "") -> None:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import prefork.link.lifeline as lifeline
+from prefork.link.uplink import EXITS, LEAVES, READY, RECYCLE, STOP, STUCK, TEXT_LIMIT, UplinkReader, UplinkWriter
 
 TOKEN = b"8 bytes."
-KINDS = (lifeline.READY, lifeline.LEAVES, lifeline.RECYCLE, lifeline.STOP, lifeline.STUCK, lifeline.EXITS)
+KINDS = (READY, LEAVES, RECYCLE, STOP, STUCK, EXITS)
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 def written(*said: tuple[bytes, str] | str) -> bytes:
     """What a worker writes that says this: messages, and text."""
     reader, writer = os.pipe2(os.O_NONBLOCK)
-    uplink = lifeline.Uplink(writer, TOKEN)
+    uplink = UplinkWriter(writer, TOKEN)
     data = b""
     for part in said:
         if isinstance(part, str):
@@ -41,7 +41,7 @@ def written(*said: tuple[bytes, str] | str) -> bytes:
 
 
 def heard(*pieces: bytes) -> tuple[dict[bytes, str], str]:
-    link = lifeline.Downlink(-1, TOKEN)
+    link = UplinkReader(-1, TOKEN)
     messages: dict[bytes, str] = {}
     for piece in pieces:
         link.feed(piece, messages)
@@ -93,7 +93,7 @@ def test_unknown_kinds_are_skipped() -> None:
 def test_flood_is_bounded(pipe: tuple[int, int]) -> None:
     """A worker that writes without an end costs its master a bounded amount of memory, and of time a read."""
     reader, writer = pipe
-    link = lifeline.Downlink(reader, TOKEN)
+    link = UplinkReader(reader, TOKEN)
     for _ in range(40):
         while True:
             try:
@@ -101,7 +101,7 @@ def test_flood_is_bounded(pipe: tuple[int, int]) -> None:
             except BlockingIOError:
                 break
         assert link.read() == ({}, False)
-    assert len(link.text) == lifeline.TEXT_LIMIT
+    assert len(link.text) == TEXT_LIMIT
 
 
 def test_a_full_pipe_drops(pipe: tuple[int, int]) -> None:
@@ -110,18 +110,18 @@ def test_a_full_pipe_drops(pipe: tuple[int, int]) -> None:
     with pytest.raises(BlockingIOError):
         while True:
             os.write(writer, b"x" * 4096)
-    lifeline.Uplink(writer, TOKEN).say(lifeline.RECYCLE, "why")
-    link = lifeline.Downlink(reader, TOKEN)
+    UplinkWriter(writer, TOKEN).say(RECYCLE, "why")
+    link = UplinkReader(reader, TOKEN)
     assert link.read() == ({}, False)
 
 
 def test_long_reasons_are_cut() -> None:
     """A reason is told in 255 bytes at most, and a broken character at its end harms nothing."""
-    messages, _ = heard(written((lifeline.RECYCLE, "ü" * 300)))
-    assert messages == {lifeline.RECYCLE: "ü" * 127 + "�"}
+    messages, _ = heard(written((RECYCLE, "ü" * 300)))
+    assert messages == {RECYCLE: "ü" * 127 + "�"}
 
 
 def test_a_read_that_is_refused_loses_nothing() -> None:
     """The error is the caller's; it is no end of the pipe."""
     with pytest.raises(OSError, match="Bad file"):
-        lifeline.Downlink(-1, TOKEN).read()
+        UplinkReader(-1, TOKEN).read()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import prefork.link.lifeline as lifeline
 import prefork.link.scoreboard as scoreboard
+import prefork.link.uplink as uplink
 from prefork.errors import RequestTimeout
 from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options
@@ -120,7 +120,7 @@ def test_in_a_loop() -> None:
     third.end()
     assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
     assert bench.idle and bench.requests == 3 and not bench.worker._requests.open
-    assert lifeline.RECYCLE in bench.said()
+    assert uplink.RECYCLE in bench.said()
     bench.close()
 
 
@@ -159,7 +159,7 @@ def test_in_an_asgi_application() -> None:
             await third[0]
         assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
         assert bench.idle and bench.requests == 3
-        assert lifeline.RECYCLE in bench.said()
+        assert uplink.RECYCLE in bench.said()
         spent = bench.board.read(0, monotonic()).busy_time
         alone = await begin(site, 4)
         assert bench.peer == "10.0.0.1:4" and bench.requests == 3
@@ -452,7 +452,7 @@ def test_late_in_threads(bench: Bench) -> None:
     bench.worker._on_interrupt(signal.SIGXCPU, None)
     assert late.late and not fine.late and bench.worker.draining and left.is_set()
     text = bench.said()
-    assert lifeline.STUCK in text and b"test_late_in_threads" in text
+    assert uplink.STUCK in text and b"test_late_in_threads" in text
     assert near(bench.due_in, TIMEOUT)
     finished = threading.Thread(target=bench.worker.finish)
     finished.start()
