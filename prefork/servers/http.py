@@ -11,7 +11,6 @@ leave, not when a reply does not say where it ends, not when others wait for a w
 
 import contextlib
 import email.message
-import http.client
 import http.server
 import io
 import re
@@ -27,12 +26,6 @@ if TYPE_CHECKING:
     _Handler = http.server.BaseHTTPRequestHandler
 else:
     _Handler = object
-
-# What the fast parser takes; everything else, and every error, is left to the standard one.
-_LINE = re.compile(r"([A-Z]+) (/(?!/)[!-~]*) (HTTP/1\.[01])\r\n")
-_HEAD = re.compile(rb"(?:[!#-'*+\-.^-z|~0-9A-Z]+:[\t -~\x80-\xff]*\r\n)*\r\n")
-_SPECIAL = {"connection", "content-length", "content-type", "expect", "transfer-encoding"}
-_HEADER = re.compile(r"([^:\r]+):[\t ]*([^\r]*)\r\n")
 
 
 class PreforkHTTPServer(PreforkMixIn, http.server.HTTPServer):
@@ -59,7 +52,6 @@ class BufferedHTTPMixIn(_Handler):
     """
 
     protocol_version = "HTTP/1.1"
-    raw_requestline: bytes
 
     write_limit = 65536  # bytes that are held back at most
     skip_limit = 65536  # bytes of a request's body that a handler may leave unread without losing the connection
@@ -126,56 +118,12 @@ class BufferedHTTPMixIn(_Handler):
     # -- requests --------------------------------------------------------------------------------------------------
 
     def parse_request(self) -> bool:
-        good = self._parse_plain()
-        if good is None:
-            good = super().parse_request()
-            if good:
-                self._body = _length(self.headers)
+        good = super().parse_request()
+        if good:
+            self._body = _length(self.headers)
         if self._body:
             self._begun = self._wire.taken - self._buffered()
         return good
-
-    def _parse_plain(self) -> bool | None:
-        """What the standard `parse_request()` does, for a request that has no peculiarities; None: it has.
-
-        The standard one gives a request's head to the parser for mail, which is most of the time that a small request
-        takes.
-        """
-        text = self.raw_requestline.decode("iso-8859-1")
-        line = _LINE.fullmatch(text)
-        if line is None or self._reader is None or self.MessageClass is not http.client.HTTPMessage:
-            return None
-        head = _HEAD.match(self._reader.peek())
-        if head is None:
-            return None
-        headers = http.client.HTTPMessage()
-        special: dict[str, str] = {}
-        pairs = _HEADER.findall(head[0].decode("iso-8859-1"))
-        for name, value in pairs:
-            headers.set_raw(name, value)
-            if (lower := name.lower()) in _SPECIAL:
-                special.setdefault(lower, value)
-        if len(pairs) > 64 or (
-            "content-type" in special and headers.get_content_maintype() in ("multipart", "message")
-        ):
-            return None
-        headers.set_payload("")
-        self._reader.read(len(head[0]))
-        self.requestline, self.headers = text[:-2], headers
-        self.command, self.path, version = line.groups()
-        self.request_version = version
-        if "content-length" in special or "transfer-encoding" in special:
-            self._body = _length(headers)
-        connection = special.get("connection", "").lower()
-        modern = self.protocol_version >= "HTTP/1.1"
-        self.close_connection = not (modern and version == "HTTP/1.1")
-        if connection == "close":
-            self.close_connection = True
-        elif connection == "keep-alive" and modern:
-            self.close_connection = False
-        if special.get("expect", "").lower() == "100-continue" and modern and version == "HTTP/1.1":
-            return self.handle_expect_100()
-        return True
 
     def _buffered(self) -> int:
         """Bytes that were received and not yet read."""
