@@ -86,14 +86,14 @@ class Place:
     """
 
     def __init__(self, chdir: str = "") -> None:
-        here = _name_of_here()
+        name = _name_of_here()
         # The interpreter has made these absolute, by what the directory was then.
-        names = {os.path.abspath(entry): _joined(here, entry) for entry in _relative_entries()} if here else {}
+        names = {os.path.abspath(entry): _joined(name, entry) for entry in _relative_entries()} if name else {}
         self._path = [names.get(entry, entry) for entry in _path or sys.path]
         if chdir:
             os.chdir(chdir)
-            here = os.path.join(here, chdir)
-        self.name = here  # "" where it had been removed already
+            name = os.path.join(name, chdir)
+        self.name = name  # "" where it had been removed already
 
     def absolute(self, path: str) -> str:
         """A path, from the command line or from the program: each process of the pool shall mean the same by it."""
@@ -120,14 +120,19 @@ class Place:
         return self.name if os.path.isdir(self.name) else f"{self.name} (which was removed)"
 
 
-def _name_of_here() -> str:
-    """The current directory as a shell calls it, and as the kernel does where there is none; "" where it is gone."""
-    name = os.environ.get("PWD", "")
+def here() -> str:
+    """The current directory as the kernel calls it; "" where it is gone."""
     try:
-        here = os.getcwd()
+        return os.getcwd()
     except OSError:
         return ""
-    return name if os.path.isabs(name) and os.path.isdir(name) and os.path.samefile(name, here) else here
+
+
+def _name_of_here() -> str:
+    """The current directory as a shell calls it, and as the kernel does where there is none; "" where it is gone."""
+    name, directory = os.environ.get("PWD", ""), here()
+    known = directory and os.path.isabs(name) and os.path.isdir(name) and os.path.samefile(name, directory)
+    return name if known else directory
 
 
 def _relative_entries() -> list[str]:
@@ -135,5 +140,5 @@ def _relative_entries() -> list[str]:
     return [entry for entry in entries if not os.path.isabs(entry)]
 
 
-def _joined(here: str, entry: str) -> str:
-    return here if entry in ("", ".") else os.path.join(here, entry)
+def _joined(directory: str, entry: str) -> str:
+    return directory if entry in ("", ".") else os.path.join(directory, entry)
