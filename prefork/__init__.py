@@ -15,8 +15,8 @@ from prefork.servers.mixin import (
     PreforkUDPServer,
     PreforkUnixDatagramServer,
     PreforkUnixStreamServer,
-    serve,
 )
+from prefork.servers.runner import serve
 from prefork.workers.base import Worker
 from prefork.workers.handlers.sync import SyncWorker
 

@@ -12,20 +12,16 @@ import socket
 import types
 from collections.abc import Callable, Sequence
 
-import prefork.kernel.listener as listener
-import prefork.kernel.log_stderr as log_stderr
 import prefork.kernel.logs as logs
-import prefork.kernel.standard_streams as standard_streams
-import prefork.kernel.unix_path as unix_path
-import prefork.master.loop as loop
+import prefork.kernel.processes as processes
 import prefork.workers.lifecycle as lifecycle
 from prefork.command.program import Bind, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
-from prefork.kernel.own_process import set_title
+from prefork.kernel.listener import Listener, describe, real_path
+from prefork.kernel.process import set_title
 from prefork.link.worker_context import WorkerContext
-from prefork.rules.states import Stop
-from prefork.rules.worker_exit import WorkerExit
+from prefork.servers.runner import ServerHooks, run_pool
 from prefork.settings.settings import Options, Setting, declared
 
 log = logs.get("prefork")
@@ -88,52 +84,30 @@ def _leave(signum: int, frame: types.FrameType | None) -> None:
 
 
 def _run(program: Program, options: Options) -> int:
-    names = [listener.describe(sock) for sock in program.sockets]
     claims = {claim.path: claim for claim in program.claims}
-    sockets = [listener.Listener(sock, claim=claims.get(_path_of(sock))) for sock in program.sockets]
-    for one, name in zip(sockets, names, strict=True):
-        one.open(blocking=len(sockets) == 1)
-        log.info("listening on %s", name)
+    listeners = [Listener(sock, claim=claims.get(_path_of(sock))) for sock in program.sockets]
 
     def start(context: WorkerContext, unblock: Callable[[], None]) -> int:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         return lifecycle.main(context, program.worker, unblock)
 
-    set_title(f"prefork: master {program.target} {' '.join(names)}")
-    running = loop.Master(
-        sockets,
+    set_title(f"prefork: master {program.target} {' '.join(map(describe, program.sockets))}")
+    run_pool(
+        listeners,
         options,
         start,
-        _Hooks(),
-        title=" ".join(names),
+        ServerHooks(()),  # the master has no program in it, so there is nothing to call
         check=lambda: program.trial(options.boot_timeout),
         collect=program.collect,
         adopts=os.getpid() == 1,
     )
-    try:
-        running.run()
-    except BaseException:
-        running.stop(Stop.KILL)
-        if running.pids:
-            running.run()
-        raise
-    finally:
-        running.close()
     log.info("stopped")
     return 0
 
 
 def _path_of(sock: socket.socket) -> str:
     address = sock.getsockname()
-    return unix_path.real_path(address) if isinstance(address, str) and address else ""
-
-
-class _Hooks:
-    """The master has no program in it, so there is nothing to call."""
-
-    def service_actions(self) -> None: ...
-
-    def worker_exited(self, report: WorkerExit) -> None: ...
+    return real_path(address) if isinstance(address, str) and address else ""
 
 
 def _parser() -> argparse.ArgumentParser:

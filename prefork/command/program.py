@@ -28,7 +28,8 @@ import prefork.kernel.private_fds as private_fds
 import prefork.kernel.readiness as readiness
 import prefork.kernel.unix_path as unix_path
 import prefork.servers.mixin as mixin
-import prefork.servers.runner as runner
+import prefork.servers.preparation as preparation
+import prefork.servers.worker_class as worker_class
 import prefork.workers.intake.dispatch as dispatch
 from prefork.command.probe import Scout, Work, own_traceback
 from prefork.errors import OptionError, ProgramError
@@ -169,7 +170,7 @@ def refuse_shadowed(name: str) -> None:
 def check(servers: Sequence[Any], kind: type[Worker] | None) -> None:
     """As `service.check()`. Raises ProgramError where the program could not import in a worker what it has imported
     here: there prefork has imported a standard module of that name before."""
-    runner.check(servers, kind)
+    preparation.checked_options(servers, kind)
     for name, module in import_path.doubles.items():
         file = getattr(module, "__file__", None)
         raise ProgramError(f"{file or name} has the name of a standard module that its worker_class needs; rename it")
@@ -340,9 +341,9 @@ class Program:
             as `build()` does.
         """
         if isinstance(self._worker_class, str):
-            self._worker_class = runner.reference(self._worker_class)
-            if self._worker_class in runner.CLASSES.values():
-                runner.worker_class(self._worker_class)  # imported here, once, and before the program
+            self._worker_class = worker_class.reference(self._worker_class)
+            if self._worker_class in worker_class.CLASSES.values():
+                worker_class.resolve(self._worker_class)  # imported here, once, and before the program
         scout = self._scout(self._bind, timeout)
         try:
             while not scout.over():
@@ -370,8 +371,8 @@ class Program:
         left = list(self.sockets)
         with adopting(lambda made: left.pop(0) if left else None):
             servers = build(self.target, self.binds, self._place, kind)
-        kind = kind or runner.worker_class(getattr(servers[0], "worker_class", "sync"))
-        return runner.make_worker(kind, servers, context)
+        kind = kind or worker_class.resolve(getattr(servers[0], "worker_class", "sync"))
+        return worker_class.make_worker(kind, servers, context)
 
     def collect(self) -> float | None:
         """Collect the scouts that are over. When to look again (of `time.monotonic()`); None: none is to end."""
@@ -425,7 +426,7 @@ class Program:
     def _enter(self) -> type[Worker] | None:
         """Go to where the program is. The worker class that the command was given, if it was."""
         self._place.enter()
-        return None if self._worker_class is None else runner.worker_class(self._worker_class)
+        return None if self._worker_class is None else worker_class.resolve(self._worker_class)
 
     # -- in the scout ----------------------------------------------------------------------------------------------
 

@@ -1,17 +1,15 @@
-"""The face: `PreforkMixIn`, four servers, `serve()`.
+"""`PreforkMixIn`, and the four servers of `socketserver` with it.
 
-The mix-in keeps socketserver's contract. What it changes is who serves: `serve_forever()` runs the master, and the
+The mix-in keeps socketserver's contract, and gives the serving to others: `serve_forever()` runs the master, and the
 chain of `get_request`, `verify_request`, `process_request`, `finish_request`, `shutdown_request`, `handle_error` runs
 in the workers, on their own copy of the server.
 """
 
 import contextlib
 import os
-import selectors
 import socket
 import socketserver
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +18,14 @@ import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
 import prefork.kernel.unix_path as unix_path
 import prefork.workers.client_errors as client_errors
-import prefork.workers.intake.dispatch as dispatch
-from prefork.errors import OptionError
-from prefork.kernel.unpatched import refuse_patched
 from prefork.rules.worker_exit import WorkerExit
-from prefork.servers.runner import Service, check, renewed, service_of, worker_class
+from prefork.servers.runner import ServerPool, pool_of, serve
 from prefork.settings.settings import Options, Settings
 from prefork.workers.base import Worker
-from prefork.workers.handlers.sync import SyncWorker
 
 log = logs.get("prefork")
 
 _SHOWS = socketserver.BaseServer.handle_error  # a traceback between two lines
-MASTERS = ("select", "threading")  # standard modules that a master needs as they are
 
 
 class PreforkMixIn(Settings):
@@ -67,8 +60,8 @@ class PreforkMixIn(Settings):
     timeout: float | None
     get_request: Callable[[], tuple[Any, Any]]
 
-    _pool: "Service | None" = None
-    _claim: unix_path.Claim | None = None
+    _pool: ServerPool | None = None
+    _claim: listeners.Claim | None = None
     worker: Worker | None = None  # in a worker: itself, for `self.server.worker.extend_deadline()` in a handler
     _spent = False  # the listener was shut down for good by a stop (Unix), and is to be bound anew
     _held = False  # it still has a stop's filter
@@ -122,8 +115,9 @@ class PreforkMixIn(Settings):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Serving a request has raised: its traceback goes to standard error, as in socketserver.
 
-        That the request's client has left is a line of the log (debug) instead, or errors would drown in it. A
-        `handle_error()` of the program's own, in a subclass or a class behind the mix-in, is called in both cases.
+        Where the reason is that the client has left, there is a line of the log (debug) instead, or errors would drown
+        in these. A `handle_error()` of the program's own, in a subclass or a class behind the mix-in, is called in both
+        cases.
         """
         show = super().handle_error  # type: ignore[misc]
         error = sys.exception()
@@ -158,13 +152,13 @@ class PreforkMixIn(Settings):
         if self.worker is not None:
             self.worker._ask_to_stop()
             return
-        pool = service_of(self)
+        pool = pool_of(self)
         pool.stop(detach=not self.block_on_close)
         pool.stopped.wait()
 
     def reload(self) -> None:
         """Replace every worker by one of a new generation; from any thread. Returns at once."""
-        service_of(self).ask(lambda m: m.reload())
+        pool_of(self).order(lambda master: master.reload())
 
     def scale(self, workers: int) -> None:
         """Change the number of workers; from any thread. Returns at once.
@@ -175,7 +169,7 @@ class PreforkMixIn(Settings):
             as for the setting `workers`.
         """
         size = Options({"workers": workers}).workers
-        service_of(self).ask(lambda m: m.scale(size))
+        pool_of(self).order(lambda master: master.scale(size))
 
     @property
     def active_children(self) -> set[int]:
@@ -198,48 +192,12 @@ class PreforkMixIn(Settings):
 
         If none comes, `handle_timeout()` is called.
         """
-        standard_streams.fill()
-        pool = service_of(self)
-        refuse_patched(MASTERS, "a master", "patch in the worker")
-        if worker_class(self.worker_class).application:
-            raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
-        options = check([self], SyncWorker)  # which serves single requests, whatever the pool's worker_class is
-        standard_streams.free_number_of(self.socket)
-        pool.reap_singles()
-        if self._spent or self._held:
-            listener = listeners.Listener(renewed(self), held=self._held)
-            listener.open(blocking=True)
-            listener.close()
-            self._held = False
-        timeout = self.socket.gettimeout()
-        if timeout is None:
-            timeout = self.timeout
-        elif self.timeout is not None:
-            timeout = min(timeout, self.timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.socket, selectors.EVENT_READ)
-            while True:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if selector.select(left):
-                    break
-                if deadline is not None and time.monotonic() >= deadline:
-                    self.handle_timeout()
-                    return
-        # To the worker: a client that is silent in the handshake must not hold the caller.
-        deferred = dispatch.defer_handshake(self)
-        try:
-            request, peer = self.get_request()
-        except OSError:
-            return
-        finally:
-            if deferred:
-                self.socket.do_handshake_on_connect = True  # type: ignore[attr-defined]
-        pool.serve_single(self, options, request, peer)
+        processes.fill_standard()
+        pool_of(self).singles.handle_request(self)
 
     def handle_timeout(self) -> None:
         """No request came: collect the workers that are done."""
-        service_of(self).reap_singles()
+        pool_of(self).singles.reap()
 
     def worker_exited(self, report: WorkerExit) -> None:
         """A worker was reaped. Runs in the master; what it raises is logged."""
@@ -284,29 +242,3 @@ class PreforkUnixDatagramServer(PreforkMixIn, socketserver.UnixDatagramServer):
 
     if TYPE_CHECKING:
         __init__ = _takes_any
-
-
-def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None:
-    """Serve several servers from one pool: each worker accepts from all of them. Settings are those of the first.
-
-    Raises
-    ------
-    OptionError, BootError
-        as `serve_forever()` does.
-    """
-    standard_streams.fill()
-    try:
-        refuse_patched(MASTERS, "a master", "patch in the setup() of a worker class, or let the command serve it")
-        options = check(servers)
-        for server in servers:
-            standard_streams.free_number_of(server.socket)  # type: ignore[attr-defined]
-    except BaseException:
-        for server in servers:
-            service_of(server).stopped.set()  # a shutdown() that waits for this loop waits for nothing
-        raise
-    pool = Service() if len(servers) > 1 else service_of(servers[0])
-    former = [vars(server).get("_pool") for server in servers]
-    asked = any(one is not None and one.take_request() for one in former)
-    for server in servers:
-        server._pool = pool  # type: ignore[attr-defined]
-    pool.serve(servers, options, poll_interval, stop_at_once=asked)

@@ -20,6 +20,7 @@ import prefork.kernel.log_stderr as log_stderr
 import prefork.kernel.lossy_writer as lossy_writer
 import prefork.kernel.processes as processes
 import prefork.servers.mixin as mixin
+import prefork.servers.runner as runner
 from prefork.errors import PreforkError
 
 
@@ -95,7 +96,7 @@ def serve(build: Callable[[], list[Any]], tell: int) -> int:
             where = os.fsdecode(address) if isinstance(address, bytes) else address
             os.write(tell, json.dumps([int(sock.family), int(sock.type), where]).encode())
             os.close(tell)
-            mixin.serve(*servers)
+            runner.serve(*servers)
     except PreforkError as error:
         traceback.print_exc()
         return error.exit_code

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import prefork
-import prefork.servers.runner as runner
+import prefork.servers.worker_class as worker_class
 from prefork import OptionError
 from support import ask, patterns
 from support.scripts import Start, launch, path_of_modules
@@ -140,9 +140,9 @@ def make():
 
 def test_it_is_found_in_a_program(here: None) -> None:
     """The name is resolved to the class itself; a name of our own is not to be had by anybody else."""
-    found = runner.worker_class("shouting")
+    found = worker_class.resolve("shouting")
     assert found.__module__ == "shouting.worker" and issubclass(found, prefork.SyncWorker)
-    assert runner.worker_class("sync") is prefork.SyncWorker
+    assert worker_class.resolve("sync") is prefork.SyncWorker
     assert "prefork-shouting" in {one.name for one in importlib.metadata.distributions()}
 
 
@@ -162,7 +162,7 @@ WRONG = {
 def test_what_cannot_be_used(here: None, name: str) -> None:
     """A name that nobody registered, or that stands for no worker class, is refused with what is wrong."""
     with pytest.raises(OptionError, match=r"^worker_class: " + WRONG[name]):
-        runner.worker_class(name)
+        worker_class.resolve(name)
 
 
 @pytest.mark.parametrize("name", ["no-such-name", "absent", "raising", "handler"])

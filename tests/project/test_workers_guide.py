@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import prefork.servers.runner
+import prefork.servers.worker_class
 from prefork import Worker
 from prefork.workers.base import Worker as Base
 from support import PROGRAMS, Address, Program, ask, dial
@@ -239,7 +239,7 @@ def test_short_name(start: Start, port: int, tmp_path: Path) -> None:
     """What the guide registers in the entry points is found under its name by the command."""
     (text,) = blocks("toml")
     groups = tomllib.loads(text)["project"]["entry-points"]
-    assert set(groups) == {prefork.servers.runner.ENTRY_POINTS}
+    assert set(groups) == {prefork.servers.worker_class.ENTRY_POINTS}
     installed = tmp_path / "mine-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -271,4 +271,4 @@ def test_links_lead_somewhere() -> None:
 def test_shipped_classes_are_named() -> None:
     """The first table has a row for each short name."""
     rows = set(re.findall(r"^\| `(\w+)` \| ", GUIDE.read_text(encoding="utf-8"), re.MULTILINE))
-    assert rows >= set(prefork.servers.runner.CLASSES)
+    assert rows >= set(prefork.servers.worker_class.CLASSES)

@@ -1,0 +1,82 @@
+"""Which class of workers serves, and how a worker of it is made.
+
+The setting `worker_class` is a class, a short name of ours, a name that an installed package registers in the entry
+points `prefork.workers`, or `MODULE:NAME`. A class is imported only where it is used.
+"""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import prefork.kernel.import_path as import_path
+import prefork.kernel.logs as logs
+from prefork.errors import OptionError
+from prefork.link.worker_context import WorkerContext
+from prefork.workers.base import Worker
+
+W = TypeVar("W", bound=Worker)
+
+CLASSES = {
+    "sync": "prefork.workers.handlers.sync:SyncWorker",
+    "thread": "prefork.workers.handlers.threaded:ThreadWorker",
+    "asyncio": "prefork.workers.eventloop.asyncio_worker:AsyncioWorker",
+    "wsgi": "prefork.workers.wsgi.worker:WSGIWorker",
+    "asgi": "prefork.workers.asgi.worker:ASGIWorker",
+}
+ENTRY_POINTS = "prefork.workers"  # the group in which other distributions register classes under short names
+
+
+def resolve(setting: object) -> type[Worker]:
+    """The class that the setting `worker_class` stands for.
+
+    Raises
+    ------
+    OptionError
+        There is no such class, or it cannot be imported; in one line.
+    """
+    kind = setting
+    if isinstance(setting, str):
+        module_name, colon, name = reference(setting).partition(":")
+        if not (colon and module_name and name) or module_name.startswith("."):
+            known = ", ".join(CLASSES)
+            raise OptionError(
+                f"worker_class: there is no {setting!r}; use {known}, MODULE:NAME, or a name that an installed package "
+                f"registers in the entry points {ENTRY_POINTS}"
+            )
+        try:
+            own = module_name.startswith("prefork.") and module_name not in sys.modules
+            with import_path.Own() if own else contextlib.nullcontext():
+                kind = importlib.import_module(module_name)
+            for part in name.split("."):
+                kind = getattr(kind, part)
+        except OptionError:
+            raise  # a class that says by itself what it needs
+        except (ImportError, AttributeError) as error:
+            raise OptionError(f"worker_class: {setting!r} cannot be imported: {error}") from error
+        except Exception as error:  # a stranger's module may raise anything
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise OptionError(f"worker_class: {setting!r} cannot be imported: {why}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Worker)):
+        raise OptionError(f"worker_class: {setting!r} is no subclass of prefork.Worker")
+    return kind
+
+
+def reference(name: str) -> str:
+    """The `MODULE:NAME` of a short name, be it ours or an entry point's; any other name is returned as it is."""
+    if ":" in name or name in CLASSES:
+        return CLASSES.get(name, name)
+    with import_path.Own():
+        from importlib.metadata import entry_points  # 20 ms, which only a foreign short name costs
+
+    return next((point.value for point in entry_points(group=ENTRY_POINTS, name=name)), name)
+
+
+def make_worker(kind: type[W], servers: Sequence[Any], context: WorkerContext) -> W:
+    """In the child: a worker around its own copy of the servers."""
+    logs.enter_child()  # again: a program may have closed some when it was imported
+    worker = kind(servers, context)
+    for server in servers:
+        server.worker, server._pool = worker, None
+    return worker
