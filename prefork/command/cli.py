@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.workers.lifecycle as lifecycle
-from prefork.command.program import Bind, Program
+from prefork.command.addresses import BindAddress
+from prefork.command.program import FILE_SETTINGS, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
 from prefork.kernel.listener import Listener, describe, real_path
@@ -67,11 +68,11 @@ def _serve(given: argparse.Namespace) -> int:
     except OSError as error:
         raise OptionError(f"--chdir: {given.chdir!r} cannot be gone to: {error.strerror}") from None
     options = Options(flags)
-    binds = [Bind.parse(text, place) for text in given.bind]
-    of_files = [name for name in ("unix_mode", "unix_group") if name in flags]
-    if of_files and (nameless := [bind.text for bind in binds if bind.is_abstract]):
-        raise OptionError(f"{of_files[0]}: {nameless[0]} has no file, everybody here may use it; use a path")
-    program = Program(given.program, binds, place, flags)
+    addresses = [BindAddress.parse(text, place) for text in given.bind]
+    file_settings = [name for name in FILE_SETTINGS if name in flags]
+    if file_settings and (abstract := [address.text for address in addresses if address.is_abstract]):
+        raise OptionError(f"{file_settings[0]}: {abstract[0]} has no file, everybody here may use it; use a path")
+    program = Program(given.program, addresses, place, flags)
     try:
         program.open(options.boot_timeout)
         return _run(program, program.options_of(program.settings))
@@ -97,7 +98,7 @@ def _run(program: Program, options: Options) -> int:
         options,
         start,
         ServerHooks(()),  # the master has no program in it, so there is nothing to call
-        check=lambda: program.trial(options.boot_timeout),
+        check=lambda: program.probe(options.boot_timeout),
         collect=program.collect,
         adopts=os.getpid() == 1,
     )

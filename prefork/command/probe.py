@@ -1,11 +1,11 @@
-"""A child that runs one function of the program and hands its answer, and descriptors, up.
+"""The probe: a child that tries the program, and hands an answer, and descriptors, up to the master.
 
 A message is JSON behind its length, so that its end is known even while something that the program started still holds
-the socket. It is collected piece by piece and never waited for. The last message is the answer; those before it name
-the Unix paths that the child has claimed, so that they are removed however it ends.
+the socket. The master takes it piece by piece and never waits for it. The last message is the answer; those before it
+name the Unix paths that the child has claimed, so that they are removed however it ends.
 
-Once it has answered the child ends by itself, as a Python process does, for which it has a moment. Until it is gone
-`collect()` is to be called from time to time. It dies with the master (it has a lifeline).
+After its answer the child ends by itself, as a Python process does, and has `FAREWELL` seconds for that. Until it is
+gone the master calls `collect()` from time to time. The child dies with the master (it has a lifeline).
 """
 
 import array
@@ -37,16 +37,16 @@ from prefork.workers.lifecycle import ABANDONED, ToldToLeave, leave_if_told
 
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
 
-_PROGRAM = os.path.join(os.path.dirname(__file__), "program.py")  # whose frames are no part of a program's traceback
+_COMMAND = os.path.dirname(__file__)  # frames of modules in it are no part of a program's traceback
 LIMIT = 1 << 20  # bytes of an answer
 _LENGTH = struct.Struct("!I")
 _FDS = socket.CMSG_SPACE(253 * 4)
-FAREWELL = 2.0  # seconds that the child has for its end, once it has answered
-UNHEARD = 0.3  # and one that is told to leave before
+FAREWELL = 2.0  # seconds that a child has for its end after its answer
+UNHEARD = 0.3  # the same without an answer, after it was told to leave
 
 
-class Scout:
-    """Begins the work at once.
+class ProgramProbe:
+    """The child, as the master sees it. It begins the work at once.
 
     Parameters
     ----------
@@ -81,15 +81,15 @@ class Scout:
             lifeline.arm(ends.lifeline_read, main_thread=main_thread)
             logs.enter_child()
             leave_if_told()
-            for one in (signal.SIGINT, signal.SIGHUP):
-                signal.signal(one, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
             set_title("prefork: scout")
             with contextlib.suppress(ToldToLeave):
                 unblock()
                 _answer(work, theirs)
-            for one in (signal.SIGTERM, signal.SIGQUIT):
-                signal.signal(one, signal.SIG_IGN)
-            exit_handlers.run(ABANDONED)
+            for number in (signal.SIGTERM, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
+            exits.run(ABANDONED)
             return 0
 
         try:
@@ -105,7 +105,7 @@ class Scout:
         self._ends: tuple[int, ...] = ends.of_master()
 
     def over(self) -> bool:
-        """Take what has arrived, without waiting. Whether that is all there will be."""
+        """Take what has arrived, without waiting. Returns whether nothing more will come."""
         with contextlib.suppress(BlockingIOError):
             while not (self._closed or self._answer is not None or self._size >= LIMIT):
                 data, ancillary, _, _ = self._socket.recvmsg(65536, _FDS, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -152,7 +152,7 @@ class Scout:
         return answer, fds
 
     def result(self) -> Options | str:
-        """What `use` makes of the answer, or what was wrong. The child is to leave, as after `finish()`."""
+        """What `use` makes of the answer, or the reason why there is none. The child leaves, as after `finish()`."""
         try:
             answer, _ = self.finish()
             return self._use(answer)
@@ -175,19 +175,19 @@ class Scout:
         return self._end is not None
 
     def collect(self, now: float) -> bool:
-        """Whether the child is gone. One that was to leave by now is killed; this does not wait for any other."""
+        """Whether the child is gone. One whose time to leave is over is killed; no other is waited for."""
         if self._end is None:
             return False
         if self._child.reap() is None:
             if now < self._end:
                 return False
-            self._let_go()  # of which it dies where the signal is refused
+            self._let_go()  # it dies of that where the signal is refused
             with contextlib.suppress(OSError):
                 self._child.send(signal.SIGKILL)
             self._child.await_exit()
         self._let_go()
         if self._answer is None:
-            with contextlib.suppress(OSError):  # what it has said and nobody has heard
+            with contextlib.suppress(OSError):  # messages that nobody has taken
                 while not self._closed:
                     self._take(self._socket.recv(65536, socket.MSG_DONTWAIT))
         private_fds.close(self._fds)  # of an answer that nobody has used: with its lock a path would look alive
@@ -223,7 +223,7 @@ def _answer(work: Work, to: socket.socket) -> None:
         answer = {"error": "program", "text": f"it raised\n{own_traceback()}"}
     try:
         _send(to, answer, fds)
-    except OSError as error:  # a message so short is sent as a whole, or not at all
+    except OSError as error:  # a message this short is sent as a whole, or not at all
         _send(to, _of_the_system(error))
     for fd in fds:
         os.close(fd)  # they are the master's now: nobody else may keep them open
@@ -248,7 +248,7 @@ def _about_binding() -> bool:
     while trace is not None:
         names.add(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
-    return bool(names & {"server_bind", "server_activate", "take"})
+    return bool(names & {"server_bind", "server_activate"})
 
 
 def _error(answer: dict[str, Any]) -> Exception:
@@ -264,7 +264,8 @@ def own_traceback() -> str:
     """The traceback of the exception in hand from the program's first line on, without those of the import system."""
     kind, value, trace = sys.exc_info()
     while trace is not None and (
-        trace.tb_frame.f_code.co_filename in (_PROGRAM, __file__, importlib.__file__)
+        trace.tb_frame.f_code.co_filename == importlib.__file__
+        or os.path.dirname(trace.tb_frame.f_code.co_filename) == _COMMAND
         or trace.tb_frame.f_code.co_filename.startswith("<frozen importlib")
     ):
         trace = trace.tb_next

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import prefork
-from prefork.command.program import Bind
+from prefork.command.addresses import BindAddress
 from prefork.errors import OptionError
 from prefork.kernel.import_path import Place
 from support import Address, Program, ask
@@ -282,5 +282,5 @@ def test_abstract_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no abstract sockets the mend is named; a file that begins with @ is still to be had."""
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(OptionError, match=r"only Linux has; write \./@a for a file"):
-        Bind.parse("unix:@a", Place())
-    assert os.path.basename(Bind.parse("unix:./@a", Place()).address) == "@a"
+        BindAddress.parse("unix:@a", Place())
+    assert os.path.basename(BindAddress.parse("unix:./@a", Place()).address) == "@a"
