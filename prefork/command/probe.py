@@ -83,7 +83,7 @@ class ProgramProbe:
             leave_if_told()
             for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            set_title("prefork: scout")
+            set_title("prefork: probe")
             with contextlib.suppress(ToldToLeave):
                 unblock()
                 _answer(work, theirs)

@@ -556,7 +556,7 @@ def test_signal_while_the_program_is_imported(start: Start, number: signal.Signa
         files={"ignoring.py": IGNORING, "app.py": "import threading\nthreading.Event().wait()\n"},
         allow=[patterns.ANYTHING],
     )  # fmt: skip
-    until(lambda: any(title(pid) == "prefork: scout" for pid in program.children()), 10, "the import began")
+    until(lambda: any(title(pid) == "prefork: probe" for pid in program.children()), 10, "the import began")
     program.send(number)
     assert program.wait_exit(2).code == (130 if number is signal.SIGINT else 0)
     program.finish(code=None)

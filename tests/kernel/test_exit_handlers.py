@@ -20,7 +20,7 @@ APP = """
 import atexit, shutil, tempfile, weakref
 from kit import *
 
-SCOUT = Path("/proc/self/cmdline").read_text().startswith("prefork: scout")
+PROBE = Path("/proc/self/cmdline").read_text().startswith("prefork: probe")
 FOLDER = tempfile.mkdtemp(dir=HOME, prefix="temporary-")
 weakref.finalize(Handler, shutil.rmtree, FOLDER)
 atexit.register(note, f"end {os.getpid()} first")
@@ -334,18 +334,18 @@ def test_a_trial_keeps_nobody_waiting(start: Start, notes: Notes) -> None:
     app = (
         APP
         + """
-if SCOUT:
+if PROBE:
     threading.Thread(target=pass_gate, args=("never",)).start()
     atexit.register(pass_gate, "end")
 """
     )
     program = command(start, "app:Handler", "-w", 1, app=app).ready()
     (worker,) = program.wait_children(2) and [pid for pid in program.children() if "worker" in title(pid)]
-    scout = next(pid for pid in program.children() if pid != worker)
-    assert ask(program.address).pid == worker and title(scout) == "prefork: scout"
+    probe = next(pid for pid in program.children() if pid != worker)
+    assert ask(program.address).pid == worker and title(probe) == "prefork: probe"
     program.write("end", "")
     program.wait_ready(1)
-    assert ends(notes, scout) == ["second", "first"]
+    assert ends(notes, probe) == ["second", "first"]
     assert len(temporary(program)) == 1
     program.reload()
     program.finish()
@@ -353,7 +353,7 @@ if SCOUT:
 
 def test_a_trial_that_does_not_end_is_killed(start: Start) -> None:
     """The child that has tried the program has 2 s for its end; while the pool stops, hardly any."""
-    app = APP + "if SCOUT: atexit.register(pass_gate, 'never')\n"
+    app = APP + "if PROBE: atexit.register(pass_gate, 'never')\n"
     program = command(start, "app:Handler", "-w", 1, app=app).ready()
     program.wait_children(2)
     program.wait_ready(1)
@@ -369,9 +369,9 @@ def test_a_trial_that_is_given_up_removes_its_folder(start: Start, notes: Notes)
     workers = program.wait_ready(1)
     program.write("slow", "")
     program.send(signal.SIGHUP)
-    scout = int(noted(notes, "boots")[0])
+    probe = int(noted(notes, "boots")[0])
     program.wait_for(patterns.RELOAD_FAILED)
     assert program.wait_ready(1) == workers
-    assert re.search("boot_timeout", program.log) and ends(notes, scout) == ["second", "first"]
+    assert re.search("boot_timeout", program.log) and ends(notes, probe) == ["second", "first"]
     assert len(temporary(program)) == 1
     program.finish()

@@ -230,7 +230,7 @@ def test_a_stop_of_process_1_while_a_path_is_bound(tmp_path: Path, number: signa
         try:
             until(lambda: (tmp_path / "s").exists(), 10, "it is bound")
             (master,) = children(outer.pid)
-            assert any(title(pid) == "prefork: scout" for pid in children(master))
+            assert any(title(pid) == "prefork: probe" for pid in children(master))
             os.kill(master, number)
             outer.wait(5)
             assert outer.returncode == (130 if number == signal.SIGINT else 0)

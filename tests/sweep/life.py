@@ -26,7 +26,7 @@ DICE = random.SystemRandom()
 HANDLER = "from work import Work as Handler\n"
 BROKEN = "raise RuntimeError('a deploy that is broken')\n"
 # In its trial all is well.
-CRASHING = "import setproctitle\nfrom work import Work as Handler\n'scout' in setproctitle.getproctitle() or 1 / 0\n"
+CRASHING = "import setproctitle\nfrom work import Work as Handler\n'probe' in setproctitle.getproctitle() or 1 / 0\n"
 
 # The last line of a program that Python ends for an exception, and of the command.
 REASON = re.compile(r"prefork: error: .*|[\w.]*(Error|Exception)\b.*")
