@@ -72,7 +72,7 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
         else:
             uplink.tell(traceback.format_exc())  # the master puts it into the report, and the log
             code = 1
-    if not exits.is_own():
+    if not exit_handlers.is_own():
         # A process that the program has forked comes here by an exception. Connections that it shares with the worker
         # may be garbage in it; a collection would warn that they are not closed.
         gc.disable()

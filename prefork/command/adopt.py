@@ -94,7 +94,7 @@ def by_address(addresses: list[object], sockets: list[socket.socket]) -> Take:
             with socket.socket(server.address_family, server.socket_type) as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 trial.bind(server.server_address)
-        where = listener.name(server.address_family, server.socket_type, server.server_address)
+        where = listener.describe_address(server.address_family, server.socket_type, server.server_address)
         raise OptionError(f"the program now wants {where}; other addresses take a new start")
 
     return take

@@ -12,15 +12,17 @@ import socket
 import types
 from collections.abc import Callable, Sequence
 
+import prefork.kernel.log_stderr as log_stderr
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.standard_streams as standard_streams
 import prefork.workers.lifecycle as lifecycle
 from prefork.command.addresses import BindAddress
 from prefork.command.program import FILE_SETTINGS, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.import_path import Place
-from prefork.kernel.listener import Listener, describe, real_path
-from prefork.kernel.process import set_title
+from prefork.kernel.listener import Listener, describe
+from prefork.kernel.own_process import set_title
+from prefork.kernel.unix_path import real_path
 from prefork.link.worker_context import WorkerContext
 from prefork.servers.runner import ServerHooks, run_pool
 from prefork.settings.settings import Options, Setting, declared

@@ -89,7 +89,7 @@ class ProgramProbe:
                 _answer(work, theirs)
             for number in (signal.SIGTERM, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_IGN)
-            exits.run(ABANDONED)
+            exit_handlers.run(ABANDONED)
             return 0
 
         try:

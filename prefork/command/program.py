@@ -16,9 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import prefork.kernel.import_path as import_path
-import prefork.kernel.listener as listener
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.private_fds as private_fds
+import prefork.kernel.readiness as readiness
+import prefork.kernel.unix_path as unix_path
 import prefork.servers.preparation as preparation
 import prefork.servers.worker_class as worker_class
 from prefork.command.addresses import BindAddress, leaves_ipv4
@@ -76,7 +77,7 @@ class Program:
         probe = self._begin(self._first_probe, timeout)
         try:
             while not probe.over():
-                processes.wait_readable(probe.fd, probe.deadline - time.monotonic())
+                readiness.wait_readable(probe.fd, probe.deadline - time.monotonic())
             answer, fds = probe.finish()
         except BaseException:
             probe.abandon()

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import prefork.kernel.listener as listeners
 import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
 import prefork.kernel.unix_path as unix_path
@@ -61,7 +60,7 @@ class PreforkMixIn(Settings):
     get_request: Callable[[], tuple[Any, Any]]
 
     _pool: ServerPool | None = None
-    _claim: listeners.Claim | None = None
+    _claim: unix_path.Claim | None = None
     worker: Worker | None = None  # in a worker: itself, for `self.server.worker.extend_deadline()` in a handler
     _spent = False  # the listener was shut down for good by a stop (Unix), and is to be bound anew
     _held = False  # it still has a stop's filter
@@ -192,7 +191,7 @@ class PreforkMixIn(Settings):
 
         If none comes, `handle_timeout()` is called.
         """
-        processes.fill_standard()
+        standard_streams.fill()
         pool_of(self).singles.handle_request(self)
 
     def handle_timeout(self) -> None:

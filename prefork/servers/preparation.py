@@ -9,11 +9,11 @@ import socketserver
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import prefork.kernel.processes as processes
+import prefork.kernel.standard_streams as standard_streams
 import prefork.servers.worker_class as worker_class
 from prefork.errors import OptionError
 from prefork.kernel.listener import Listener
-from prefork.kernel.originals import refuse_patched
+from prefork.kernel.unpatched import refuse_patched
 from prefork.settings.settings import Options
 from prefork.workers.base import Worker
 
@@ -32,7 +32,7 @@ def prepare(servers: Sequence[Any], kind: type[Worker] | None = None, *, mend: s
     refuse_patched(_MASTERS, "a master", mend)
     options = checked_options(servers, kind)
     for server in servers:
-        processes.lift(server.socket)
+        standard_streams.free_number_of(server.socket)
     return options
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import prefork.kernel.import_path as import_path
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
+import prefork.kernel.standard_streams as standard_streams
 import prefork.master.loop as loop
 import prefork.servers.preparation as preparation
 import prefork.servers.worker_class as worker_class
@@ -125,7 +125,7 @@ def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None
     OptionError, BootError
         as `serve_forever()` does.
     """
-    processes.fill_standard()
+    standard_streams.fill()
     try:
         options = preparation.prepare(
             servers, mend="patch in the setup() of a worker class, or let the command serve it"

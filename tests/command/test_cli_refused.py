@@ -201,8 +201,8 @@ def test_a_library_that_is_not_there(tmp_path: Path, kind: str, library: str) ->
         import sys
         sys.modules[{library!r}] = None
         application = print
-        from prefork.servers.runner import worker_class
-        Kind = worker_class({kind!r})
+        from prefork.servers.worker_class import resolve
+        Kind = resolve({kind!r})
     """
     arguments = ("app:application", "-b", TCP, "--worker-class", "app:Kind")
     code, _, err = run(tmp_path, *arguments, app=textwrap.dedent(app))

@@ -5,7 +5,6 @@ kept that could grow old. `stdlib_driver.py` says how it is done.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +41,6 @@ def drive(mixin: str, module: str, *options: object) -> dict[str, Any]:
     """The driver's report; the test is skipped if this Python was installed without its tests."""
     ran = subprocess.run(
         [sys.executable, DRIVER, "--mixin", mixin, "--module", module, *map(str, options)],
-        env={**os.environ, "PYTHONPATH": str(DRIVER.parents[1])},  # for `support`
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
