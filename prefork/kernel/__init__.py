@@ -1,1 +1,1 @@
-"""What touches the system."""
+"""Modules that touch the operating system, one facility each."""

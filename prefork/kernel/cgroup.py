@@ -1,8 +1,8 @@
-"""How many processors this process may use: those that it may run on, and what the quota of its control group leaves.
+"""How many processors this process may use: those that it may run on, as far as the quota of its control group goes.
 
-A container that may use one processor of sixty-four sees all of them, and may run on all. What limits it is the time
-that its group gets in each period (cgroups(7)): `cpu.max` in version 2, `cpu.cfs_quota_us` in version 1, of the group
-itself or of one above it. What cannot be read, or understood, limits nothing.
+A container that may use one processor of sixty-four sees all of them, and may run on all. The limit is the time that
+its group gets in each period (cgroups(7)): `cpu.max` in version 2, `cpu.cfs_quota_us` in version 1, of the group itself
+or of a group above it. A quota that cannot be read, or understood, limits nothing.
 """
 
 import math
@@ -16,7 +16,7 @@ Read = Callable[[str], str]
 
 
 def usable_cpus() -> int:
-    """At least 1. A part of a processor counts as one. It raises nothing.
+    """The number of processors, at least 1. A part of a processor counts as one. Raises nothing.
 
     From Python 3.13 on PYTHON_CPU_COUNT and `-X cpu_count` count instead of the processors that there are.
     """
@@ -37,7 +37,7 @@ def _allowed() -> int:
 
 
 def read(path: str) -> str:
-    """A file's text; "" where there is none to be had."""
+    """A file's text; "" where it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(1 << 20)
@@ -75,13 +75,13 @@ def quota(text: str) -> float | None:
         case [time, period] if time.isdecimal() and period.isdecimal():
             try:
                 return int(time) / int(period) or None
-            except (ValueError, ArithmeticError):  # numbers that are none for a processor
+            except (ValueError, ArithmeticError):  # too long for a number, or divided by 0
                 return None
     return None
 
 
 def groups(memberships: str, mounts: str) -> Iterator[Group]:
-    """Where the groups are that may have a quota, from the texts of /proc/self/cgroup and /proc/self/mountinfo."""
+    """The groups that may have a quota, from the texts of /proc/self/cgroup and /proc/self/mountinfo."""
     paths: dict[int, str] = {}
     for line in memberships.splitlines():
         number, _, rest = line.partition(":")
@@ -105,8 +105,10 @@ def groups(memberships: str, mounts: str) -> Iterator[Group]:
 
 
 def _below(path: str, root: str) -> str:
-    """Of a group's path what is below the directory that is mounted. The top itself where it is outside of that, as in
-    a container that sees its host's paths."""
+    """The part of a group's path below the directory that is mounted.
+
+    "", which is the top itself, for a path outside of that directory, as in a container that sees its host's paths.
+    """
     here = PurePosixPath(path)
     if ".." in here.parts or not here.is_relative_to(root):
         return ""

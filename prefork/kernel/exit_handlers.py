@@ -1,10 +1,11 @@
-"""The end of a child as Python ends a process: threads that are no daemons are waited for, `atexit` functions run.
+"""The end of a child as Python ends a process: threads that are no daemons are waited for, `atexit` handlers run.
 
-What was registered before the fork is the parent's, and runs there. What the child registers runs in the child; so the
-modules that register something when they are imported have it registered once more, for they may have been imported
-before. Afterwards the child leaves by `os._exit`, as children of `multiprocessing` do: unwinding the stack instead
-would run the parent's `finally` blocks, and tearing the interpreter down would close what the child has in common with
-its parent.
+Handlers that were registered before the fork are the parent's, and run there. Handlers that the child registers run in
+the child. Some modules register handlers when they are imported. They may have been imported before the fork, so these
+handlers are registered once more.
+
+Afterwards the child leaves by `os._exit`, as children of `multiprocessing` do. Unwinding the stack instead would run
+the parent's `finally` blocks. Tearing the interpreter down would close what the child has in common with its parent.
 """
 
 import atexit
@@ -16,19 +17,19 @@ import traceback
 import weakref
 from collections.abc import Callable
 
-_LATE = 1.0  # seconds of waiting for threads after which somebody is told
+_LATE = 1.0  # seconds of waiting for threads after which `late` is called
 
-_pid = 0  # of the child whose end this is; one that it forks itself ends as whoever forked it likes
-_registered = 0
+_pid = 0  # of the child that ends here; a process that it forks itself ends in another way
+_registered = 0  # handlers that `forget()` has registered
 
 
 def forget() -> None:
-    """In the child, right after the fork."""
+    """In the child, right after the fork: drop the handlers of the parent."""
     global _pid, _registered
     _pid = os.getpid()
     atexit._clear()
-    for one in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        one.atexit = False
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     logging._handlerList.clear()  # type: ignore[attr-defined]
     atexit.register(logging.shutdown)
@@ -54,8 +55,8 @@ def is_own() -> bool:
 
 
 def pending() -> bool:
-    """Whether the program has left something to be done, or waited for."""
-    return atexit._ncallbacks() > _registered or bool(_threads())
+    """Whether the program has registered a handler, or has left a thread to wait for."""
+    return atexit._ncallbacks() > _registered or bool(_thread_names())
 
 
 def run(patience: float | None = None, late: Callable[[str], None] | None = None) -> None:
@@ -66,15 +67,15 @@ def run(patience: float | None = None, late: Callable[[str], None] | None = None
     patience
         Seconds for which threads are waited for; None: for as long as they take.
     late
-        Is told after a second which threads are waited for.
+        Is called after a second with a line of the log that names the threads.
     """
     global _pid
     if not is_own():
         return
     _pid = 0
-    names = _threads()
+    names = _thread_names()
     if names and patience is None and late is not None:
-        timer = threading.Timer(_LATE, lambda: late(f"at its end it waits for threads: {', '.join(_threads())}\n"))
+        timer = threading.Timer(_LATE, lambda: late(f"at its end it waits for threads: {', '.join(_thread_names())}\n"))
         timer.daemon = True
         timer.start()
     if patience is None:
@@ -86,9 +87,10 @@ def run(patience: float | None = None, late: Callable[[str], None] | None = None
     atexit._run_exitfuncs()
 
 
-def _threads() -> list[str]:
-    """Names of those that the interpreter would wait for."""
-    return [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+def _thread_names() -> list[str]:
+    """Names of the threads that the interpreter would wait for."""
+    main = threading.main_thread()
+    return [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not main]
 
 
 def _end_threads() -> None:

@@ -1,4 +1,4 @@
-"""Host and port as one text: in names of listeners, in those of clients, and in URLs."""
+"""Host and port as one text: in names of listeners, in names of clients, and in URLs."""
 
 
 def bracketed(host: str) -> str:

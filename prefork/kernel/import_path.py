@@ -1,10 +1,11 @@
 """Where modules come from: prefork's own from where it is installed, a program's from its directory.
 
-A program's folder may hold a `queue.py`. The command imports what it stands on before such a folder is looked at, so
-this module is the first to be imported, and imports nothing itself that the interpreter does not hold already. What
-prefork has imported by then is what `import queue` gives to the program, too: there is one module of a name.
+A program's folder may hold a `queue.py`. The command imports the modules that it needs before such a folder is on the
+path. So this module is the first to be imported, and imports nothing itself that the interpreter does not hold already.
+A standard module that prefork has imported by then is also what `import queue` gives to the program: there is one
+module per name.
 
-In a program of one's own nothing is done here: its script has decided by then what comes first.
+In a script that imports prefork nothing is done here: it has decided by then what comes first.
 """
 
 import os
@@ -13,7 +14,7 @@ from types import TracebackType
 
 _STANDARD = os.path.dirname(os.__file__)
 _path: list[str] = []  # what the command found in `sys.path`, apart from a directory that `python -m` puts there
-# Modules of the program's with the name of a standard one, where prefork has imported that beside them.
+# Modules of the program with the name of a standard one, where prefork has imported the standard one beside them.
 doubles: dict[str, object] = {}
 
 
@@ -42,8 +43,10 @@ if _is_command():
 
 
 class Own:
-    """`with Own():` around the import of a module of prefork's in a process in which the program was, or may be,
-    imported: neither its folder nor a module of its own that has the name of a standard one gets in between."""
+    """`with Own():` stands around the import of a module of prefork in a process in which the program may be imported.
+
+    Neither the program's folder nor a module of the program with the name of a standard one gets in between.
+    """
 
     def __enter__(self) -> None:
         self._path = sys.path[:]
@@ -77,7 +80,7 @@ def _is_standard(module: object) -> bool:
 class Place:
     """The directory in which a program lives, by the name under which it was given, and the path of its modules.
 
-    What the name stands for may change: a deploy moves a symbolic link. So it is gone to anew before each import.
+    The directory behind the name may change: a deploy moves a symbolic link. So each child enters it anew.
 
     Parameters
     ----------
@@ -96,15 +99,17 @@ class Place:
         self.name = name  # "" where it had been removed already
 
     def absolute(self, path: str) -> str:
-        """A path, from the command line or from the program: each process of the pool shall mean the same by it."""
+        """A path of the command line or of the program, made absolute: it is the same for each process of the pool."""
         return os.path.join(self.name, path)
 
     def enter(self) -> None:
-        """In a child, before anything of the program is imported. Where the directory is gone, only that matters which
-        does not lie in it."""
+        """In a child, before anything of the program is imported: go to the directory, and put it on the path.
+
+        A directory that is gone is no error here: the program may lie elsewhere.
+        """
         sys.path[:] = self._path if not self.name or self.name in self._path else [self.name, *self._path]
         for entry in list(sys.path_importer_cache):
-            if not _is_standard_entry(entry):  # what is known of it may be of another directory with the same name
+            if not _is_standard_entry(entry):  # the cache may be of another directory with the same name
                 del sys.path_importer_cache[entry]
         try:
             os.chdir(self.name)
@@ -129,7 +134,7 @@ def here() -> str:
 
 
 def _name_of_here() -> str:
-    """The current directory as a shell calls it, and as the kernel does where there is none; "" where it is gone."""
+    """The current directory by the shell's name for it, or else by the kernel's; "" where it is gone."""
     name, directory = os.environ.get("PWD", ""), here()
     known = directory and os.path.isabs(name) and os.path.isdir(name) and os.path.samefile(name, directory)
     return name if known else directory

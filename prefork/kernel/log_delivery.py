@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import prefork.kernel.log_stderr as log_stderr
-from prefork.kernel.log_stderr import StreamName
+from prefork.kernel.lossy_writer import StreamName
 
 
 def deliver(logger: logging.Logger, record: logging.LogRecord, *, in_master: bool) -> None:

@@ -6,14 +6,12 @@ worker, that writer stays open. In any other process it is opened for each line,
 
 import logging
 import os
-from typing import Literal
 
 import prefork.kernel.lossy_writer as lossy_writer
+from prefork.kernel.lossy_writer import StreamName
 
 FORMAT = "%(asctime)s prefork[%(process)s] %(levelname)s: %(message)s"
 _FORMATTER = logging.Formatter(FORMAT)
-
-StreamName = Literal["stdout", "stderr"]
 
 _writers: dict[StreamName, lossy_writer.Writer] = {}
 _has_master = False  # a master runs in this process

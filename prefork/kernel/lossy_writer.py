@@ -1,13 +1,14 @@
-"""Writing without ever waiting for whoever reads.
+"""Writing that never waits for the reader: what does not fit is dropped and counted.
 
 A pipe that nobody empties, or a stopped terminal, blocks a write for ever, and with it the process. A `Writer` drops
-what cannot be written at once, counts it, and reports the count before the next line that fits, and when its process
-ends. It raises nothing. A regular file never blocks in that sense; a full disk and a limit (RLIMIT_FSIZE) count alike.
+the text that cannot be written at once, and counts it. It reports the count before the next line that fits, and when
+its process ends. It raises nothing. A regular file never blocks in that sense; a full disk and a limit (RLIMIT_FSIZE)
+count alike.
 
-A pipe or terminal is opened once more through /proc/self/fd with O_NONBLOCK: setting the flag on the descriptor itself
+A pipe or terminal is opened once more through /proc/self/fd with O_NONBLOCK. Setting the flag on the descriptor itself
 would change it for every process that shares it, such as the user's shell. Where it belongs to another user (the server
-gave up root) that is refused. Then each write says that it does not wait (RWF_NOWAIT: pipes, Linux 6.4), or poll is
-asked before it. Accepted with poll: two processes may be told of the same room, and one of them waits.
+gave up root) the system refuses. Then each write says that it does not wait (RWF_NOWAIT: pipes, Linux 6.4), or poll is
+asked before it. A race is accepted with poll: two processes may be told of the same room, and one of them waits.
 
 The kernel takes up to PIPE_BUF bytes into a pipe as one piece or not at all. Longer text goes in pieces that end with a
 line. A line may be cut nevertheless, by its own length or by a full disk; then it is ended before the next begins.
@@ -26,8 +27,10 @@ from collections.abc import Callable
 from select import PIPE_BUF, POLLOUT, poll
 from typing import Any, Literal, TextIO
 
+StreamName = Literal["stdout", "stderr"]
+
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-_UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ESPIPE)  # what a kernel says that does not know it
+_UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ESPIPE)  # from a kernel that does not know the flag
 
 
 class Writer:
@@ -74,18 +77,18 @@ class Writer:
         _writers.add(self)
 
     def _adapt(self) -> None:
-        """Find the way to write to what this is."""
+        """Choose the way to write to this kind of file."""
         try:
             mode = os.fstat(self._fd).st_mode
         except OSError:
-            self._fd = -1  # the number may be somebody else's next
+            self._fd = -1  # another file may get the number next
             return
         self._in_pieces = stat.S_ISFIFO(mode)
         terminal = os.isatty(self._fd)
         if stat.S_ISSOCK(mode):
             with contextlib.suppress(OSError):
-                # Without the type it would take over `socket.setdefaulttimeout()`: wait so long, and set O_NONBLOCK for
-                # all who share the socket.
+                # Without the type it would take over `socket.setdefaulttimeout()`: it would wait for that time, and set
+                # O_NONBLOCK for all processes that share the socket.
                 kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
                 self._socket = socket.socket(type=kind, fileno=os.dup(self._fd))
                 self._send = self._to_socket
@@ -104,7 +107,7 @@ class Writer:
     _in_pieces = False
 
     def write(self, data: bytes) -> bool:
-        """Write all of `data` or, where that is not possible now, drop it; say which."""
+        """Write all of `data` and return True, or drop it and return False."""
         if (self.dropped or self._cut) and not self.settle():
             self.dropped += 1
             return False
@@ -114,7 +117,7 @@ class Writer:
         return False
 
     def settle(self) -> bool:
-        """Report what was dropped. Whether nothing is left to be reported."""
+        """Report what was dropped. False: the report does not fit either."""
         dropped, note = self.dropped, "\n" if self._cut else ""
         if dropped:
             note += f"prefork[{os.getpid()}]: {dropped} {self.what} were dropped, {self.where} was full\n"
@@ -155,8 +158,8 @@ class Writer:
         return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def _to_terminal(self, data: bytes) -> int:
-        # In the background of one with `stty tostop` a write that does not block this signal is tried for ever: the
-        # signal comes again each time, and the master takes it for an order.
+        # In the background of a terminal with `stty tostop`, a write that does not block this signal is tried for ever:
+        # the signal comes again each time, and the master takes it for an order.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         try:
             return os.write(self._fd, data)
@@ -187,7 +190,7 @@ class Writer:
         Raises
         ------
         OSError
-            It cannot be opened; the former one is written to.
+            It cannot be opened; writes go on to the former file.
         """
         if self._path and self._own >= 0:
             fd = _append(self._path)
@@ -219,8 +222,8 @@ def _append(path: str) -> int:
     return os.open(path, os.O_RDWR | flags, 0o666)  # a FIFO that nobody reads yet
 
 
-def standard(name: Literal["stdout", "stderr"], what: str = "messages") -> Writer:
-    """To a standard stream, whatever stands in its place in `sys`; to nowhere where the process has none."""
+def standard(name: StreamName, what: str = "messages") -> Writer:
+    """A writer to a standard stream, whatever stands in its place in `sys`. It drops all where the process has none."""
     try:
         fd: int = getattr(sys, f"__{name}__").fileno()
     except (AttributeError, OSError, ValueError):
@@ -253,7 +256,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class _Raw(io.RawIOBase):
+class _RawStream(io.RawIOBase):
     def __init__(self, writer: Writer, name: str) -> None:
         self._writer, self.name = writer, name
 
@@ -273,4 +276,4 @@ class _Raw(io.RawIOBase):
 
 def stream(writer: Writer, name: str) -> TextIO:
     """A text stream on a `Writer`: each line is one write."""
-    return io.TextIOWrapper(_Raw(writer, name), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(_RawStream(writer, name), encoding="utf-8", errors="backslashreplace", line_buffering=True)

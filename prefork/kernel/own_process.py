@@ -1,4 +1,4 @@
-"""A process and its own title and memory."""
+"""This process: its title in ps and top, its memory."""
 
 import gc
 import sys

@@ -1,18 +1,19 @@
-"""The signal inbox: what wakes the master, whoever sends it.
+"""The signal inbox: the signals of the master, and everything else that wakes it.
 
-Waiting cannot fail. A descriptor that the epoll does not take (ENOSPC, ENOMEM: it has limits of its own) has everything
-waited for by poll(2) until it does; so does a wait that the epoll refuses. Where poll refuses too, every descriptor is
-looked at after a short sleep. So what is watched may be called without a reason, and must not block.
+Waiting cannot fail. While the epoll refuses a descriptor (ENOSPC, ENOMEM: it has limits of its own), everything is
+waited for by poll(2). So it is where the epoll refuses to wait. Where poll refuses too, every descriptor is looked at
+after a short sleep. So a callback may be called without a reason, and must not block.
 
-Handlers only note which signal came; `set_wakeup_fd` (signal(7), CPython's own C-level handler) makes the selector
+Handlers only note which signal came. `set_wakeup_fd` (signal(7), CPython's own C-level handler) makes the selector
 return. The bytes on that socket pair are never counted or interpreted: 200,000 signals arrived as 20,733 bytes. Other
 threads wake the master through the same pair.
 
 Handlers can only be installed by the main thread. Elsewhere the inbox has none, and a master is steered by its methods.
 
 Where faulthandler is on (PYTHONFAULTHANDLER, `-X dev`), CPython runs every handler on the small stack that faulthandler
-made for this thread, one frame on top of the other when several signals are pending at once: with AVX-512 five of them
-overflow it, and the kernel ends the process with SIGSEGV. While the inbox is installed that stack is a large one.
+made for this thread. When several signals are pending at once, their frames lie one on top of the other: with AVX-512
+five of them overflow it, and the kernel ends the process with SIGSEGV. While the inbox is installed that stack is a
+large one.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from typing import Any
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.readiness as readiness
 
-# A frame takes 3.4 KiB with AVX-512, 12 KiB with AMX; a master handles eight signals. Memory is what is touched of it.
+# A frame takes 3.4 KiB with AVX-512, 12 KiB with AMX; a master handles eight signals. Only touched pages take memory.
 _ROOM = 512 * 1024
 _PAUSE = 0.02  # seconds between two looks at everything where the system refuses every kind of waiting
 
@@ -43,8 +44,8 @@ class Inbox:
     Parameters
     ----------
     signals
-        Which to take over between `install()` and `restore()`, which puts the former handlers and wake-up descriptor
-        back.
+        The signals to take over between `install()` and `restore()`. The latter puts the former handlers and wake-up
+        descriptor back.
     """
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
@@ -60,7 +61,7 @@ class Inbox:
         self._sender.setblocking(False)
         self._selector.register(self._receiver, selectors.EVENT_READ)
         self._callbacks: dict[int, Callable[[], None]] = {}
-        self._refused: set[int] = set()  # of these, what the epoll has not taken yet
+        self._refused: set[int] = set()  # of these, the descriptors that the epoll has not taken yet
         self._former: dict[signal.Signals, Any] = {}
         self._former_wakeup: int | None = None
         self._former_stack: Any = None
@@ -72,14 +73,14 @@ class Inbox:
             return
         self._former_stack = _enlarge_stack()
         self._former_wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        for one in self._signals:
-            self._former[one] = signal.signal(one, self._note)
+        for signum in self._signals:
+            self._former[signum] = signal.signal(signum, self._note)
 
     def restore(self) -> None:
         """Give the signals back."""
-        for one, handler in self._former.items():
+        for signum, handler in self._former.items():
             # None: it was not installed from Python, and cannot be put back from here either.
-            signal.signal(one, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._former.clear()
         if self._former_wakeup is not None:
             signal.set_wakeup_fd(self._former_wakeup)
@@ -91,9 +92,9 @@ class Inbox:
     def close(self) -> None:
         """Give the descriptors back."""
         private_fds.forget(self._own)
-        for each in (self._selector, self._receiver, self._sender):
+        for owner in (self._selector, self._receiver, self._sender):
             with contextlib.suppress(OSError):  # the descriptor is gone whatever close(2) says
-                each.close()
+                owner.close()
 
     def _note(self, signum: int, frame: object) -> None:
         self._pending.append(signal.Signals(signum))
@@ -117,8 +118,10 @@ class Inbox:
             self._selector.unregister(fd)
 
     def wait(self, timeout: float | None) -> tuple[list[Callable[[], None]], list[signal.Signals]]:
-        """Sleep until something happens, at most `timeout` seconds. The callbacks of what is readable, and the signals
-        that came."""
+        """Sleep until something happens, at most `timeout` seconds.
+
+        Returns the callbacks of the descriptors that are readable, and the signals that came.
+        """
         if self._refused:
             self._register()
         for fd in (ready := self._select(0.0 if self._pending else timeout)):
@@ -126,8 +129,8 @@ class Inbox:
                 with contextlib.suppress(OSError):
                     while len(self._receiver.recv(4096)) == 4096:
                         pass
-        taken, self._pending = self._pending, []
-        return [self._callbacks[fd] for fd in ready if fd in self._callbacks], taken
+        signals, self._pending = self._pending, []
+        return [self._callbacks[fd] for fd in ready if fd in self._callbacks], signals
 
     def pause(self, seconds: float) -> None:
         """Sleep until a signal, a `wake()`, or the end of the time."""
@@ -160,7 +163,10 @@ class Inbox:
 
 
 def _enlarge_stack() -> Any:
-    """Have handlers run on a stack with room for all of them. The former one, or None where nothing was to be done."""
+    """Have handlers run on a stack with room for all of them.
+
+    Returns the former stack, or None where nothing was to be done.
+    """
     if sys.platform != "linux" or not faulthandler.is_enabled():
         return None
     try:
@@ -176,7 +182,7 @@ def _enlarge_stack() -> Any:
 
 
 def _set_stack(stack: Any) -> Any:
-    """sigaltstack(2) for the calling thread. The former stack, or None if the system refused."""
+    """Call sigaltstack(2) for the calling thread. Returns the former stack, or None if the system refused."""
     import ctypes
 
     former = type(stack)()

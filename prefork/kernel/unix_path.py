@@ -1,4 +1,4 @@
-"""A Unix socket's path: the right to it, its file, and who may connect.
+"""The path of a Unix socket: the right to it, its file, and the permissions of that file.
 
 A path is held by a lock on `PATH.lock` for as long as the server exists. So of two servers that start at once one is
 refused, and a path left by a crash is known to be stale. The file is removed only while it is still the one that was

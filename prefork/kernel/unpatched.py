@@ -1,4 +1,4 @@
-"""Standard modules as they were when prefork was imported, for what runs beside a program that patches them.
+"""Standard modules as they were when prefork was imported, for code that runs beside a program which patches them.
 
 `gevent.monkey` takes `epoll` out of `select`, and makes greenlets of threads and of waits. Modules that are imported
 from here keep the functions of before. That is not enough for threads, which find the patched functions by themselves,
@@ -16,12 +16,17 @@ from prefork.errors import OptionError
 
 
 def refuse_patched(names: tuple[str, ...], what: str, mend: str) -> None:
-    """Raises OptionError where the program has patched one of these standard modules.
+    """Refuse a program that has patched one of these standard modules.
 
     Parameters
     ----------
     what, mend
         What does not work then, and what does.
+
+    Raises
+    ------
+    OptionError
+        The program has patched one.
     """
     gevent = sys.modules.get("gevent.monkey")
     patched = [name for name in names if gevent is not None and gevent.is_module_patched(name)]

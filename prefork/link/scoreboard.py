@@ -1,10 +1,10 @@
-"""The scoreboard: anonymous shared memory with one slot a worker, written by that worker alone.
+"""The scoreboard: anonymous shared memory with one slot per worker, written by that worker alone.
 
 A slot is 16 cells of 8 bytes. Stores of one cell are not torn on any 64-bit machine; cells are not consistent with each
 other, and need not be. The master treats all of it as hostile input: it takes numbers and a printable string from a
 slot, never an index or a pid, and clamps what it takes.
 
-Inherited by a fork: the mapping itself. Nothing of it is a file, so nothing is left behind and nothing wakes a disk.
+A fork inherits the mapping itself. It has no file, so nothing is left behind and nothing wakes a disk.
 
 Stores go through a `memoryview` cast to the cell's type: 30-60 ns, where `struct.pack_into` costs three times that.
 """
@@ -20,7 +20,7 @@ from prefork.settings.settings import MAX_WORKERS
 
 CELLS = 16
 SIZE = CELLS * 8
-SLOTS = 3 * MAX_WORKERS  # a whole pool, as many that leave, and the greatest surge
+SLOTS = 3 * MAX_WORKERS  # for a whole pool, as many workers that leave, and the greatest surge
 
 # Cells of a slot.
 PHASE = 0
@@ -31,7 +31,7 @@ BUSY_TIME = 4  # seconds
 INTERRUPTED = 5  # the deadline whose request was last interrupted
 PEER_PORT = 6  # 0: PEER is the whole name
 THREADS = 7  # how many of the worker may want the interpreter at once; 0 is one
-HELD = 8  # connections that it keeps, where its class does so
+HELD = 8  # connections that it keeps, where its class keeps any
 PEER = 9  # text to the end of the slot, ended by NUL
 PEER_BYTES = SIZE - PEER * 8
 
@@ -52,7 +52,7 @@ class Slot:
         self.peer = view[PEER * 8 :]
         self._header = header.cast("Q")
         self._all = all.cast("Q")
-        self.host: object = ""  # whose text is there already
+        self.host: object = ""  # the host whose text is in the slot already
 
     @classmethod
     def detached(cls) -> "Slot":
@@ -63,27 +63,32 @@ class Slot:
         self.ints[PHASE] = phase
 
     def set_peer(self, peer: object) -> None:
-        """Store a client's address for people. The hot paths store the port alone where the host is `host` already."""
+        """Store a client's address for people to read.
+
+        The hot paths store the port alone where the host is `host` already.
+        """
         host, port = host_and_port(peer)
         self.ints[PEER_PORT] = port
         if host != self.host:
             name = str(host or "")
             text = (host_port.bracketed(name) if port else name).encode("ascii", "replace")[: PEER_BYTES - 1] + b"\0"
             self.peer[: len(text)] = text
-            self.host = host if type(host) is str else self  # which no host is equal to
+            self.host = host if type(host) is str else self  # no host is equal to a slot
 
     def has_share(self, held: int, queued: int, single: bool) -> bool:
-        """Whether who holds so many connections has at least its share: of what the workers hold that could take
-        another one now, the caller among them, and of what is queued.
+        """Whether a worker that holds `held` connections has at least its share.
+
+        Shared are the connections in the queue, and those of all workers that could take another one now, the caller
+        among them.
 
         Parameters
         ----------
         single
-            A worker serves one request at a time, and one that has it in hand takes nothing.
+            A worker serves one request at a time, and takes no connection meanwhile.
         """
         slots = self._header[SLOTS_USED]
         if held * (slots - 1) < queued:
-            return False  # whatever the others have; usual in a long queue
+            return False  # however many the others hold; usual in a long queue
         cells = self._all[: slots * CELLS]
         columns = (cells[column::CELLS].tolist() for column in (PHASE, BUSY_SINCE, HELD))
         able = [number for phase, busy, number in zip(*columns, strict=True) if phase == _SERVING and not busy * single]
@@ -96,14 +101,14 @@ class Slot:
 
 
 def host_and_port(peer: object) -> tuple[Any, int]:
-    """Of a client's address. What has no port, or one that is none, has 0."""
+    """Host and port of a client's address; the port is 0 where there is none, or no valid one."""
     host, port = (peer[0], peer[1]) if type(peer) is tuple and len(peer) > 1 else (peer, 0)
     return host, port if type(port) is int and 0 <= port <= 0xFFFF else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the master reads from a slot, clamped."""
+    """A slot as the master reads it, clamped."""
 
     phase: Phase
     busy_for: float
@@ -123,7 +128,7 @@ class Scoreboard:
         return self._view[(slot + 1) * SIZE : (slot + 2) * SIZE]
 
     def clear(self, slot: int) -> None:
-        """Make a slot that of a worker which has not said anything yet."""
+        """Make a slot that of a worker which has not written anything yet."""
         self._part(slot)[:] = bytes(SIZE)
 
     def slot(self, slot: int) -> Slot:
@@ -132,7 +137,7 @@ class Scoreboard:
         return Slot(self._part(slot), self._view[:SIZE], self._view[SIZE:])
 
     def drain(self, on: bool) -> None:
-        """Tell every worker, before its signal arrives, that the whole pool stops."""
+        """Tell every worker, before its signal arrives, whether the whole pool stops."""
         self._view[:SIZE].cast("Q")[POOL_DRAINS] = int(on)
 
     def phase(self, slot: int) -> Phase:

@@ -1,4 +1,4 @@
-"""What the master gives to a new worker, and the one signal that only the two of them know."""
+"""The context that the master gives to a new worker, and the one signal that only the two of them know."""
 
 import signal
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import prefork.link.scoreboard as scoreboard
 from prefork.settings.settings import Options
 
-# The master's order to interrupt a request. Portable (real-time signals are not), and harmless where a CPU limit sends
-# it: the handler looks at the deadline itself.
+# The master's order to interrupt a request. The signal is portable (real-time signals are not). It is harmless where a
+# CPU limit sends it: the handler looks at the deadline itself.
 INTERRUPT = signal.SIGXCPU
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What the master gives to a new worker: all of it is inherited by the fork."""
+    """The place of one worker in its pool. All of it is inherited by the fork."""
 
     slot: int
     generation: int
@@ -22,6 +22,6 @@ class WorkerContext:
     lifeline_read: int
     uplink_write: int
     token: bytes  # of its messages on the uplink
-    main_thread: bool  # forked by the main thread of the master
+    main_thread: bool  # the main thread of the master has forked this worker
     title: str
     seed: int

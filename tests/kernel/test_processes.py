@@ -37,10 +37,10 @@ def flat() -> Iterator[None]:
 
 
 def collect(child: processes.Child, timeout: float = 10.0) -> tuple[int | None, int | None]:
-    found = until(child.reap, timeout, "the child ends")
-    assert found is not None
+    collected = until(child.reap, timeout, "the child ends")
+    assert collected is not None
     child.release()
-    return found
+    return collected
 
 
 @pytest.mark.parametrize("use_pidfd", [True, False])
@@ -262,7 +262,7 @@ def test_forks_of_two_threads_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "fork", fork)
     with ThreadPoolExecutor(2) as threads:
         ends = [threads.submit(processes.fork, lambda unblock: 0) for _ in range(2)]
-        assert [type(one.exception()) for one in ends] == [BlockingIOError] * 2
+        assert [type(end.exception()) for end in ends] == [BlockingIOError] * 2
     assert gc.isenabled()
 
 

@@ -119,7 +119,7 @@ def known(text: bytes, name: str) -> int:
     return sum(map(int, told)) + text.count(b'"GET /x HTTP/1.1" 200')
 
 
-PLACES = {one.__name__: one for one in (full_pipe, full_fifo, full_socket, stopped_terminal)}
+PLACES = {place.__name__: place for place in (full_pipe, full_fifo, full_socket, stopped_terminal)}
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -34,9 +34,9 @@ def test_a_claim_and_its_end(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(path)
         claim.bound()
-        with pytest.raises(OSError, match="another server") as found:
+        with pytest.raises(OSError, match="another server") as refusal:
             Claim(path, socket.SOCK_STREAM)
-        assert found.value.errno == errno.EADDRINUSE and found.value.filename == path
+        assert refusal.value.errno == errno.EADDRINUSE and refusal.value.filename == path
     assert stat.S_IMODE(os.stat(path + ".lock").st_mode) == 0o600
     claim.release()
     claim.release()
@@ -121,21 +121,21 @@ def test_claims_race(tmp_path: Path) -> None:
         ]
 
         def tell() -> None:
-            for one in both:
-                assert one.stdin
-                one.stdin.write("go\n")
-                one.stdin.flush()
+            for process in both:
+                assert process.stdin
+                process.stdin.write("go\n")
+                process.stdin.flush()
 
         for _ in range(200):
             tell()
-            said = [one.stdout.readline().strip() for one in both if one.stdout]
+            said = [process.stdout.readline().strip() for process in both if process.stdout]
             assert sorted(said) == ["owner", "refused"]
             assert (tmp_path / "s").is_socket()
             tell()
             # The next turn begins while the owner may still be releasing; a stale moment must not refuse both.
             until(lambda: not (tmp_path / "s.lock").exists(), 5)
-        for one in both:
-            assert one.wait(10) == 0
+        for process in both:
+            assert process.wait(10) == 0
     assert os.listdir(tmp_path) == []
 
 
