@@ -75,6 +75,6 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with import_path.Own():
+    with import_path.OwnImports():
         found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
     return found

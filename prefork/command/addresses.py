@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import prefork.kernel.import_path as import_path
 from prefork.errors import OptionError
+from prefork.kernel.program_directory import ProgramDirectory
 
 UNIX_PATH = 107  # bytes
 
@@ -23,7 +23,7 @@ class BindAddress:
     text: str  # as it was typed
 
     @classmethod
-    def parse(cls, text: str, place: import_path.Place) -> "BindAddress":
+    def parse(cls, text: str, place: ProgramDirectory) -> "BindAddress":
         """`tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:PATH`, `unixgram:PATH`; an IPv6 host in brackets; a path that
         begins with @ is a name without a file (Linux).
 

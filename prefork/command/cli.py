@@ -19,9 +19,9 @@ import prefork.workers.lifecycle as lifecycle
 from prefork.command.addresses import BindAddress
 from prefork.command.program import FILE_SETTINGS, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.kernel.import_path import Place
 from prefork.kernel.listener import Listener, describe
 from prefork.kernel.own_process import set_title
+from prefork.kernel.program_directory import ProgramDirectory
 from prefork.kernel.unix_path import real_path
 from prefork.link.worker_context import WorkerContext
 from prefork.servers.runner import ServerHooks, run_pool
@@ -66,7 +66,7 @@ def _serve(given: argparse.Namespace) -> int:
         signal.signal(one, _leave)
     flags = {one.name: getattr(given, one.name) for one in declared() if getattr(given, one.name, None) is not None}
     try:
-        place = Place(given.chdir)
+        place = ProgramDirectory(given.chdir)
     except OSError as error:
         raise OptionError(f"--chdir: {given.chdir!r} cannot be gone to: {error.strerror}") from None
     options = Options(flags)

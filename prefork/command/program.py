@@ -27,6 +27,7 @@ from prefork.command.adopt import binding, by_address, in_order
 from prefork.command.probe import ProgramProbe, Work
 from prefork.command.target import make_servers
 from prefork.errors import OptionError, ProgramError
+from prefork.kernel.program_directory import ProgramDirectory
 from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
@@ -50,7 +51,7 @@ class Program:
         self,
         target: str,
         addresses: Sequence[BindAddress],
-        place: import_path.Place,
+        place: ProgramDirectory,
         flags: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self.target, self.addresses, self._place, self._flags = target, list(addresses), place, flags
@@ -161,7 +162,7 @@ class Program:
         """The program's servers, in a probe: checked."""
         servers = make_servers(self.target, self.addresses, self._place, kind)
         preparation.checked_options(servers, kind)
-        for name, module in import_path.doubles.items():  # a worker could not import what was imported here
+        for name, module in import_path.shadowing.items():  # a worker could not import what was imported here
             file = getattr(module, "__file__", None)
             raise ProgramError(
                 f"{file or name} has the name of a standard module that its worker_class needs; rename it"

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import prefork.kernel.import_path as import_path
 import prefork.servers.mixin as mixin
 import prefork.workers.intake.dispatch as dispatch
 from prefork.command.addresses import BindAddress
 from prefork.command.probe import own_traceback
 from prefork.errors import OptionError, ProgramError
+from prefork.kernel.program_directory import ProgramDirectory
 from prefork.workers.base import Worker
 
 _SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
@@ -31,7 +31,7 @@ _SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
 
 
 def make_servers(
-    target: str, addresses: Sequence[BindAddress], place: import_path.Place, kind: type[Worker] | None = None
+    target: str, addresses: Sequence[BindAddress], place: ProgramDirectory, kind: type[Worker] | None = None
 ) -> list[Any]:
     """Import `target` and make its servers. Inside `binding()` these get their sockets from the command.
 
@@ -84,7 +84,7 @@ def make_servers(
     return [server for arguments in calls for server in _call(named, target, arguments)]
 
 
-def load(target: str, place: import_path.Place) -> Any:
+def load(target: str, place: ProgramDirectory) -> Any:
     """Import `MODULE:NAME` and return what it names, or what that returns where NAME ends in `()`.
 
     Raises

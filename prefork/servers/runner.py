@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import prefork.kernel.import_path as import_path
 import prefork.kernel.logs as logs
+import prefork.kernel.program_directory as program_directory
 import prefork.kernel.standard_streams as standard_streams
 import prefork.master.loop as loop
 import prefork.servers.preparation as preparation
@@ -210,7 +210,8 @@ class ServerPool:
 
         listeners = [preparation.listener_of(server) for server in servers]
         hooks = ServerHooks(servers)
-        absolute = functools.partial(os.path.join, import_path.here())  # the program may leave its directory later
+        # The program may leave its directory later.
+        absolute = functools.partial(os.path.join, program_directory.here())
         try:
             run_pool(
                 listeners,

@@ -47,7 +47,7 @@ def resolve(setting: object) -> type[Worker]:
             )
         try:
             own = module_name.startswith("prefork.") and module_name not in sys.modules
-            with import_path.Own() if own else contextlib.nullcontext():
+            with import_path.OwnImports() if own else contextlib.nullcontext():
                 kind = importlib.import_module(module_name)
             for part in name.split("."):
                 kind = getattr(kind, part)
@@ -67,7 +67,7 @@ def reference(name: str) -> str:
     """The `MODULE:NAME` of a short name, be it ours or an entry point's; any other name is returned as it is."""
     if ":" in name or name in CLASSES:
         return CLASSES.get(name, name)
-    with import_path.Own():
+    with import_path.OwnImports():
         from importlib.metadata import entry_points  # 20 ms, which only a foreign short name costs
 
     return next((point.value for point in entry_points(group=ENTRY_POINTS, name=name)), name)

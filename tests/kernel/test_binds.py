@@ -17,7 +17,7 @@ import pytest
 import prefork
 from prefork.command.addresses import BindAddress
 from prefork.errors import OptionError
-from prefork.kernel.import_path import Place
+from prefork.kernel.program_directory import ProgramDirectory
 from support import Address, Program, ask
 from support.clients import has_ipv6
 from support.scripts import Start, path_of_modules
@@ -282,5 +282,5 @@ def test_abstract_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no abstract sockets the mend is named; a file that begins with @ is still to be had."""
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(OptionError, match=r"only Linux has; write \./@a for a file"):
-        BindAddress.parse("unix:@a", Place())
-    assert os.path.basename(BindAddress.parse("unix:./@a", Place()).address) == "@a"
+        BindAddress.parse("unix:@a", ProgramDirectory())
+    assert os.path.basename(BindAddress.parse("unix:./@a", ProgramDirectory()).address) == "@a"
