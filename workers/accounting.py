@@ -5,7 +5,7 @@ At any moment one of two owns the cells BUSY_SINCE, DEADLINE, REQUESTS and BUSY_
 
 - The hottest loops, of `sync` and of `wsgi` with one thread, have one request at a time and store what they know of it
   by themselves, through views that are lent to them: `enter_fast_path()`.
-- As soon as anything else is in hand, be it within that request or in another thread, `Requests` owns them, for good.
+- As soon as anything else is in hand, be it within that request or in another thread, `ActiveRequests` owns them, for good.
   The views are released, so that the loop learns of it, whatever it was doing, by the ValueError of its next store, and
   pays nothing for asking; what it had in hand is a request like others by then, `fast_path_request`. So it is in a
   process that the program forks, whose cells nobody reads.
@@ -28,7 +28,7 @@ Cells = tuple["memoryview[int]", "memoryview[float]"]
 NOBODY = -1  # as the thread of what was begun, and which nobody works on
 
 
-class Request:
+class ActiveRequest:
     """A request in hand, between the two ends of `with worker.serving(peer) as request:`.
 
     Where it begins in one place and ends in another: `begin()` and `end()`, and `adopt()` in the thread that works on
@@ -37,13 +37,13 @@ class Request:
 
     __slots__ = ("_registry", "deadline", "late", "outer", "peer", "start", "thread", "timeout")
 
-    def __init__(self, registry: "Requests", peer: object, timeout: float = 0.0) -> None:
+    def __init__(self, registry: "ActiveRequests", peer: object, timeout: float = 0.0) -> None:
         self._registry, self.peer, self.timeout, self.deadline = registry, peer, timeout, 0.0
-        self.outer: Request | None = None  # what the thread or task had in hand when it entered this
+        self.outer: ActiveRequest | None = None  # what the thread or task had in hand when it entered this
         self.thread = 0  # begins or ends, or is over
         self.late = False  # nobody waits for it any more
 
-    def __enter__(self) -> "Request":
+    def __enter__(self) -> "ActiveRequest":
         self.begin()
         self.outer = outer = in_hand(current.get())
         current.set(self)
@@ -56,7 +56,7 @@ class Request:
                 raise
         return self
 
-    def begin(self) -> "Request":
+    def begin(self) -> "ActiveRequest":
         """It is in hand from here on, and its deadline runs."""
         registry = self._registry
         if registry.fast_path_cells is not None:
@@ -140,11 +140,11 @@ class Request:
             self._registry.move(self, monotonic() + seconds)
 
 
-class FreeRequest(Request):
+class FreeRequest(ActiveRequest):
     """One without a deadline, of a worker whose requests all begin and end in one thread. Nobody interrupts it or moves
     its deadline: it takes no lock, and nobody has to find it, which is a third less than another costs.
 
-    Made by `Requests.free()`, for there is nothing to set but two attributes: a call from C to an `__init__` in Python
+    Made by `ActiveRequests.free()`, for there is nothing to set but two attributes: a call from C to an `__init__` in Python
     would be a sixth of all.
     """
 
@@ -192,17 +192,17 @@ class FreeRequest(Request):
 
 # The request that the running thread, or the running task of an event loop, entered or adopted last; no FreeRequest.
 # It may be over. A task begins with what its maker had, a thread with nothing.
-current: contextvars.ContextVar[Request | None] = contextvars.ContextVar("prefork_request", default=None)
+current: contextvars.ContextVar[ActiveRequest | None] = contextvars.ContextVar("prefork_request", default=None)
 
 
-def in_hand(one: Request | None) -> Request | None:
+def in_hand(one: ActiveRequest | None) -> ActiveRequest | None:
     """The innermost of this and of what it is within that is not over."""
     while one is not None and not one.thread:
         one = one.outer
     return one
 
 
-class Requests:
+class ActiveRequests:
     """All that one worker has in hand.
 
     Parameters
@@ -230,9 +230,9 @@ class Requests:
         self.count, self.spent = 0, 0.0  # requests, and seconds in them
         # Oldest first; of those, which have a deadline in the order in which they came, and which have one out of it;
         # and what the scoreboard shows, which is not in `open` where it needs no object (the class `asgi`).
-        self.open: dict[Request, None] = {}
-        self.default_deadlines: dict[Request, None] = {}
-        self.custom_deadlines: dict[Request, None] = {}
+        self.open: dict[ActiveRequest, None] = {}
+        self.default_deadlines: dict[ActiveRequest, None] = {}
+        self.custom_deadlines: dict[ActiveRequest, None] = {}
         self.published: object = None
         self.finishing = False
         self.missed = False  # whether there was such an interrupt
@@ -259,7 +259,7 @@ class Requests:
 
     def enter_fast_path(self) -> Cells:
         """The integers and the floats of the slot, for a loop of the calling thread that has one request at a time."""
-        self.fast_path_request = Request(self, "")
+        self.fast_path_request = ActiveRequest(self, "")
         current.set(self.fast_path_request)
         self.fast_path_cells = self.board.ints[:], self.board.floats[:]
         self._borrower = get_ident()
@@ -283,7 +283,7 @@ class Requests:
                     self.custom_deadlines[one] = None
                 one.thread = self._borrower
 
-    def mine(self) -> Iterator[Request]:
+    def mine(self) -> Iterator[ActiveRequest]:
         """What the running thread, task or greenlet works on, and what that is within."""
         one = in_hand(current.get())
         while one is not None:
@@ -322,7 +322,7 @@ class Requests:
             if self.open:
                 self.show_oldest()
 
-    def move(self, one: Request, deadline: float) -> None:
+    def move(self, one: ActiveRequest, deadline: float) -> None:
         with self.lock:
             if one in self.open and not one.late:
                 self.default_deadlines.pop(one, None)
@@ -330,12 +330,12 @@ class Requests:
                 one.timeout, one.deadline = -1.0, deadline
                 self.board.floats[scoreboard.DEADLINE] = self.earliest()
 
-    def overdue(self) -> list[Request]:
+    def overdue(self) -> list[ActiveRequest]:
         """What is past its deadline, and not at this moment beginning or ending, nor given up."""
         now = monotonic()
         return [one for one in list(self.open) if one.thread and not one.late and 0.0 < one.deadline <= now]
 
-    def give_up(self, some: Iterable[Request]) -> None:
+    def give_up(self, some: Iterable[ActiveRequest]) -> None:
         """Wait no more for these, which are past their deadline."""
         with self.lock:
             for one in some:

@@ -32,7 +32,7 @@ from prefork.errors import RequestTimeout
 from prefork.kernel.own_process import own_memory, set_title
 from prefork.link.worker_context import INTERRUPT, WorkerContext
 from prefork.rules.states import Phase
-from prefork.workers.accounting import Request, Requests
+from prefork.workers.accounting import ActiveRequest, ActiveRequests
 from prefork.workers.intake.acceptor import Accepted, Acceptor
 from prefork.workers.lifecycle import ToldToLeave, exit_code
 
@@ -105,7 +105,7 @@ class Worker:
         self._ready = False
         self._acceptor: Acceptor | None = None
         self._drain_ends: tuple[int, int] | None = None
-        self._handed: dict[int, Request] | None = None  # what the chain may give to another thread, by id
+        self._handed: dict[int, ActiveRequest] | None = None  # what the chain may give to another thread, by id
         self._stuck = False
         self._memory_at = 0.0
         rng = random.Random(context.seed)
@@ -114,7 +114,7 @@ class Worker:
         self._limit = 1 if self.options.max_memory else self._recycle_after or 1 << 62
         limit = self.options.request_timeout
         self._timeout = limit + self.slack if limit else 0.0
-        self._requests = Requests(self._board, self._timeout, self._limit, self._look, self._judge)
+        self._requests = ActiveRequests(self._board, self._timeout, self._limit, self._look, self._judge)
 
     # -- may be overridden -----------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Worker:
         return self.acceptor.take()
 
     def serve_request(
-        self, server: socketserver.BaseServer, request: Any, peer: Any, begun: Request | None = None
+        self, server: socketserver.BaseServer, request: Any, peer: Any, begun: ActiveRequest | None = None
     ) -> None:
         """Serve one request through the whole chain of the server's methods, with its deadline; any thread may.
 
@@ -226,7 +226,7 @@ class Worker:
         self._uplink.say(uplink.EXITS)
         self._on_term(signal.SIGTERM, None)
 
-    def serving(self, peer: object = "", timeout: float | None = None) -> Request:
+    def serving(self, peer: object = "", timeout: float | None = None) -> ActiveRequest:
         """Around one request, `with self.serving(peer):`: busy, deadline, counts, idle. Any thread or task may use it.
 
         Parameters
@@ -235,7 +235,7 @@ class Worker:
             Seconds; by default `request_timeout`. 0: this request has no deadline. A shorter one than `request_timeout`
             may be noticed as late as that, and without `request_timeout` nobody looks.
         """
-        return Request(self._requests, peer, self._timeout if timeout is None else timeout)
+        return ActiveRequest(self._requests, peer, self._timeout if timeout is None else timeout)
 
     def finish(self) -> None:
         """Wait for what other threads have in hand. The master sees to it that this ends."""
@@ -391,9 +391,9 @@ class Worker:
 _UNDIVIDED = {
     one.__code__
     for one in (
-        Request.__enter__,
-        Request.begin,
-        Request.end,
+        ActiveRequest.__enter__,
+        ActiveRequest.begin,
+        ActiveRequest.end,
         Worker._on_interrupt,
         Worker._on_term,
         Worker._on_quit,

@@ -25,7 +25,7 @@ import prefork.kernel.logs as logs
 from prefork.errors import PreforkError, RequestTimeout
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
 from prefork.settings.settings import Options
-from prefork.workers.accounting import Requests
+from prefork.workers.accounting import ActiveRequests
 from prefork.workers.asgi.protocols import strict
 
 Message = MutableMapping[str, Any]
@@ -42,7 +42,7 @@ class Accounts(Protocol):
 
     options: Options
 
-    _requests: Requests
+    _requests: ActiveRequests
 
     @property
     def _free(self) -> Callable[[object], Any]: ...

@@ -16,7 +16,7 @@ from typing import Any
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.unpatched import refuse_patched
-from prefork.workers.accounting import FreeRequest, Request
+from prefork.workers.accounting import ActiveRequest, FreeRequest
 from prefork.workers.base import Worker
 from prefork.workers.intake.acceptor import RESOURCE_ERRORS
 from prefork.workers.intake.balance import ConnectionBalancer
@@ -36,7 +36,7 @@ SHUTDOWN = 5.0  # and for its end: one that does not answer holds its connection
 _EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop counts in milliseconds
 
 
-class TaskRequest(Request):
+class TaskRequest(ActiveRequest):
     """A request that a task has in hand. Past its deadline the task is cancelled, and the `with` block makes a
     RequestTimeout of that.
 
@@ -164,7 +164,7 @@ class LoopWorker(Worker):
         )
         self.recycle("a request does not end")
 
-    def serving(self, peer: object = "", timeout: float | None = None) -> Request:
+    def serving(self, peer: object = "", timeout: float | None = None) -> ActiveRequest:
         """Around one request of the running task, so in the loop's thread. RequestTimeout is what comes out of the
         `with` block."""
         seconds = (self.options.request_timeout or 0.0) if timeout is None else timeout
