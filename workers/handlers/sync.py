@@ -10,7 +10,7 @@ import prefork.link.scoreboard as scoreboard
 import prefork.workers.intake.dispatch as dispatch
 from prefork.kernel.unpatched import refuse_patched
 from prefork.workers.base import Worker
-from prefork.workers.intake.acceptor import Take, has_plain_peers
+from prefork.workers.intake.accept_calls import Take, has_plain_peers
 
 
 class SyncWorker(Worker):

@@ -34,17 +34,16 @@ import prefork.kernel.logs as logs
 import prefork.kernel.readiness as readiness
 import prefork.link.scoreboard as scoreboard
 from prefork.kernel.unpatched import select, socket, time
+from prefork.workers.intake.accept_calls import Take, make_accept
 
 log = logs.get("prefork")
 
-Take = Callable[[], tuple[Any, Any]]
 Accepted = tuple[Any, Any, Any]  # server, request, peer
 
 # The system has no room, which may pass: for a descriptor, or (ENOSPC, ENOMEM) for one more that an epoll waits for.
 RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC)
 _NO_WATCH = "the user waits for as much as fs.epoll.max_user_watches allows"  # epoll_ctl(2); errno tells of a full disk
 PAUSE = 0.05  # seconds without accepting while the system is full
-ROOM = 0.002  # seconds between two looks whether a client has made room for an answer
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
 _BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
 _LAST_LOOK = 32  # connections that a leaving worker may still take from each listener that it polls
@@ -344,97 +343,11 @@ class Acceptor:
 
 
 def _listener(server: Any) -> socket.socket:
-    found: socket.socket = server.socket
-    return found
+    listener: socket.socket = server.socket
+    return listener
 
 
 def _is_local(server: Any) -> bool:
     """Whether it takes Unix streams."""
     listener = _listener(server)
     return listener.family == socket.AF_UNIX and listener.type == socket.SOCK_STREAM
-
-
-def stock(server: Any) -> bool:
-    """Whether `get_request` is socketserver's own."""
-    return "get_request" not in vars(server) and type(server).get_request in (
-        socketserver.TCPServer.get_request,
-        socketserver.UDPServer.get_request,
-    )
-
-
-def has_plain_peers(server: Any) -> bool:
-    return stock(server) and server.socket.family in (socket.AF_INET, socket.AF_INET6)
-
-
-def make_accept(server: Any, board: scoreboard.Slot, make: Callable[..., Any] = socket.socket) -> Take:
-    """The cheapest call that does what the server's `get_request()` does. `make` makes connections."""
-    get_request: Take = server.get_request
-    listener = server.socket
-    if listener.type == socket.SOCK_DGRAM:
-        return _datagrams(server, board)
-    if not stock(server) or type(listener) is not socket.socket:
-        return get_request  # overridden, or a TLS listener
-    if sys.platform == "linux" and socket.getdefaulttimeout() is None:
-        # socket.accept() asks for family and type as enums, 0.85 us each, at every call. The new socket is blocking:
-        # on Linux it inherits nothing.
-        accept = listener._accept  # type: ignore[attr-defined]
-        family, kind, proto = int(listener.family), int(listener.type), listener.proto
-
-        def fast() -> tuple[Any, Any]:
-            fd, peer = accept()
-            return make(family, kind, proto, fd), peer
-
-        return fast
-
-    def plain() -> tuple[Any, Any]:
-        request, peer = get_request()
-        # Elsewhere it inherits O_NONBLOCK from a listener that is being drained.
-        request.settimeout(socket.getdefaulttimeout())
-        return request, peer
-
-    return plain
-
-
-class _Answers(socket.socket):
-    """Waits for room at the receiver, as a blocking socket does. O_NONBLOCK, which it has in common with the listener,
-    means the end of the queue there, or that there are several."""
-
-    def sendto(self, *arguments: Any) -> int:
-        while True:
-            try:
-                return super().sendto(*arguments)
-            except BlockingIOError:
-                if len(arguments) == 3 and arguments[1] & socket.MSG_DONTWAIT:
-                    raise
-                time.sleep(ROOM)  # a poll knows nothing of the queue of a receiver that one is not connected to
-
-
-def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
-    """Receiving and answering need a descriptor each: leaving replaces the one that is received from, while a handler
-    may be about to answer."""
-    listener = server.socket
-    # Not `listener.dup()`: that sets the timeout anew, and with it undoes the O_NONBLOCK of a stop, for every worker.
-    answers = _Answers(listener.family, listener.type, listener.proto)
-    os.dup2(listener.fileno(), answers.fileno(), inheritable=False)
-    local = listener.family == socket.AF_UNIX
-    if stock(server):
-        server.socket = answers
-        receive = listener.recvfrom
-
-        def plain() -> tuple[Any, Any]:
-            data, peer = receive(server.max_packet_size)
-            if not (peer or data) and (not local or readiness.has_ended(answers.fileno())):
-                # What SHUT_RD makes of a recvfrom: it is the master's where the whole pool stops.
-                raise OSError(errno.EAGAIN if board.pool_drains else errno.EINVAL, "the listener was shut down")
-            return (data, answers), peer
-
-        return plain
-    get_request = server.get_request
-
-    def overridden() -> tuple[Any, Any]:
-        request, peer = get_request()
-        if isinstance(request, tuple) and len(request) == 2 and request[1] is listener:
-            request = request[0], answers
-        return request, peer
-
-    return overridden
