@@ -181,11 +181,11 @@ def test_a_share_in_a_process_that_the_program_forks() -> None:
     bench = Bench(ASGIWorker, request_timeout=None)
     worker = bench.worker
     assert isinstance(worker, ASGIWorker)
-    worker.share.hold(3)
+    worker.balancer.hold(3)
     cells = bench.board.slot(0).ints
     assert cells[scoreboard.HELD] == 3
     worker._requests.disown(scoreboard.Slot.detached())
-    worker.share.hold(4)
+    worker.balancer.hold(4)
     assert cells[scoreboard.HELD] == 3
     os.close(worker.acceptor._null)
     bench.close()

@@ -87,7 +87,7 @@ class ASGIWorker(LoopWorker):
         self._handshakes: set[asyncio.Task[Any]] = set()  # of these, those that speak TLS
         self._doors = {id(one): (self._sites[id(one.RequestHandlerClass)].protocol, bared(one)) for one in self.servers}
         self._gate = ListenerGate(
-            self.loop, self.acceptor, self.share, self._take, self._held, self.options.max_connections
+            self.loop, self.acceptor, self.balancer, self._take, self._held, self.options.max_connections
         )
 
     def run(self) -> None:

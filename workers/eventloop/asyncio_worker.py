@@ -69,7 +69,7 @@ class AsyncioWorker(LoopWorker):
         self._room = asyncio.Event()
         self._tls = {id(server): bared(server) for server in self.servers}
         limit = self.options.max_connections
-        self._gate = ListenerGate(self.loop, self.acceptor, self.share, self._take, lambda: len(self._tasks), limit)
+        self._gate = ListenerGate(self.loop, self.acceptor, self.balancer, self._take, lambda: len(self._tasks), limit)
 
     def run(self) -> None:
         self._turning = True

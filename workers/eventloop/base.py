@@ -145,7 +145,7 @@ class LoopWorker(Worker):
             loop.default_exception_handler(context)
 
     @functools.cached_property
-    def share(self) -> ConnectionBalancer:
+    def balancer(self) -> ConnectionBalancer:
         """What this worker has of what the pool holds."""
         return ConnectionBalancer(self.acceptor.fds, self.servers, self._requests)
 

@@ -5,11 +5,11 @@ to get it. So each listener that the loop watches is taken out of the loop's epo
 behind the loop's back but to the same end: it tells the loop what the loop asked for. (A second epoll with exclusive
 listeners, watched by the first, wakes the herd again: the kernel passes exclusiveness on to waiters only.)
 
-Who has taken something leaves the line while that goes through the loop, and joins it again at the end. So others have
-their turn, nobody is woken for what a busy one would take, and those that came meanwhile are taken together: they are
-then made, read and served together as well, and the same code for several in a row costs a tenth less than in between.
+A worker that has taken something leaves the line while that goes through the loop, and then joins it at its end. So
+others have their turn, the kernel wakes nobody for what a busy worker would take, and connections that came meanwhile
+are taken together (`intake.batch`).
 
-Without an epoll that can be reached the herd wakes up, and the kernel's answer to all but one is EAGAIN.
+Where no epoll can be reached all workers wake up, and the kernel's answer to all but one is EAGAIN.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ from time import monotonic
 from typing import Any
 
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
-from prefork.workers.intake.balance import ASIDE, PATIENCE, TAKE, YIELD, ConnectionBalancer
+from prefork.workers.intake.balance import ASIDE, TAKE, YIELD, ConnectionBalancer
+from prefork.workers.intake.batch import Batch
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
-BATCH = 8  # taken in one turn of the loop, where so many wait; with 1 a connection under load costs a third more
 
 
 class ListenerGate:
@@ -53,21 +53,20 @@ class ListenerGate:
         self,
         loop: asyncio.AbstractEventLoop,
         acceptor: Acceptor,
-        share: ConnectionBalancer,
+        balancer: ConnectionBalancer,
         take: Callable[[int], bool],
         held: Callable[[], int],
         limit: int,
     ) -> None:
         self.over: asyncio.Future[None] = loop.create_future()
-        self._loop, self._acceptor, self._share = loop, acceptor, share
+        self._loop, self._acceptor, self._balancer = loop, acceptor, balancer
         self._take, self._held, self._limit = take, held, limit
         self._is_open = self._paused = False
         self._epoll = _epoll_of(loop)
         acceptor.take_told()
-        self._began_at, self._found, self._taken = 0.0, 0, 0  # when the last batch was, what it found and took
-        self._taken_before = 0  # by the one before it
-        self._outside: set[int] = set()  # listeners whose line it has left
-        self._aside: dict[int, asyncio.TimerHandle] = {}  # of these, whose queue is left to siblings: the next look
+        self._batch = Batch()
+        self._out_of_line: set[int] = set()  # listeners whose line it has left
+        self._next_looks: dict[int, asyncio.TimerHandle] = {}  # at those of them whose queue is left to siblings
         for fd in acceptor.fds:
             os.set_blocking(fd, False)
 
@@ -77,11 +76,11 @@ class ListenerGate:
     def freed(self) -> None:
         """There may be fewer connections, and room again."""
         held = self._held()
-        self._share.hold(held)
+        self._balancer.hold(held)
         if not self._is_open:
             self.watch()
-        if held <= self._found:  # asked at each end, it would take one by one what is cheaper together
-            for fd in list(self._aside):
+        if self._batch.is_over(held):  # a look at each end would take one by one what is cheaper together
+            for fd in list(self._next_looks):
                 self._look(fd)
 
     def watch(self) -> None:
@@ -99,7 +98,7 @@ class ListenerGate:
                         return
                     self._step_back(fd)
                 else:
-                    self._outside.discard(fd)
+                    self._out_of_line.discard(fd)
                     self._stop_looking(fd)
                     self._loop.remove_reader(fd)
 
@@ -125,31 +124,23 @@ class ListenerGate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
-        whose, brief = TAKE, self._are_brief()
+        whose, batch = TAKE, self._batch
+        batch.begin(monotonic(), self._held())
         try:
-            while whose == TAKE and self._taken < BATCH and self._take(fd):
-                self._taken += 1
+            while whose == TAKE and batch.has_room() and self._take(fd):
+                batch.taken += 1
                 held = self._held()
-                if brief or held >= self._limit:
-                    self._share.hold(held)
+                if batch.ends_soon or held >= self._limit:
+                    self._balancer.hold(held)
                 else:
-                    whose = self._share.whose(fd, held, single=False)
+                    whose = self._balancer.whose(fd, held, single=False)
                 if held >= self._limit:
                     self.watch()
                     return
         except OSError as error:
             self._close_after(error)
-        if self._taken:
+        if batch.taken:
             self._step_out(fd, whose == YIELD)
-
-    def _are_brief(self) -> bool:
-        """Whether connections end so soon that there is nothing to share out: since the last batch, a moment ago, as
-        many have ended as the one before it took, and one at least. A new batch begins."""
-        now, held = monotonic(), self._held()
-        ended = self._found + self._taken - held
-        brief = now - self._began_at < PATIENCE and ended >= max(1, self._taken_before)
-        self._began_at, self._found, self._taken, self._taken_before = now, held, 0, self._taken
-        return brief
 
     def _close_after(self, error: OSError) -> None:
         """For a moment, where the system has no room; else for good: the program has closed a listener."""
@@ -176,9 +167,9 @@ class ListenerGate:
             except OSError as error:
                 self._close_after(error)
                 return
-            self._outside.add(fd)
+            self._out_of_line.add(fd)
             if aside:
-                self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
+                self._next_looks[fd] = self._loop.call_later(ASIDE, self._look, fd)
             else:
                 self._rejoin_soon(fd)
 
@@ -189,20 +180,20 @@ class ListenerGate:
     def _look(self, fd: int) -> None:
         """Whether what was left to siblings still is theirs: they may have taken it, or have more by now."""
         self._stop_looking(fd)
-        if fd in self._outside and self._share.whose(fd, self._held(), single=False) == YIELD:
-            self._aside[fd] = self._loop.call_later(ASIDE, self._look, fd)
+        if fd in self._out_of_line and self._balancer.whose(fd, self._held(), single=False) == YIELD:
+            self._next_looks[fd] = self._loop.call_later(ASIDE, self._look, fd)
         else:
             self._rejoin_soon(fd)
 
     def _stop_looking(self, fd: int) -> None:
-        timer = self._aside.pop(fd, None)
+        timer = self._next_looks.pop(fd, None)
         if timer is not None:
             timer.cancel()
 
     def _rejoin(self, fd: int) -> None:
         """To the end of the line; unless the loop does not watch it any more, or does so anew."""
-        if fd in self._outside and self._epoll is not None:
-            self._outside.discard(fd)
+        if fd in self._out_of_line and self._epoll is not None:
+            self._out_of_line.discard(fd)
             try:
                 self._acceptor.join(self._epoll, fd)
             except OSError as error:

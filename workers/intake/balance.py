@@ -17,7 +17,7 @@ import prefork.kernel.readiness as readiness
 import prefork.link.scoreboard as scoreboard
 
 ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings
-PATIENCE = 0.01  # seconds for which it is: a busy machine lets who was woken wait so long
+YIELD_FOR = 0.01  # seconds for which it is: on a busy machine a worker that was woken waits that long for a processor
 
 # Whose what is queued is.
 EMPTY, TAKE, YIELD = range(3)
@@ -26,8 +26,8 @@ _TCP_INFO = socket.TCP_INFO if sys.platform == "linux" else -1
 _UNACKED = slice(24, 28)  # tcpi_unacked, which of a listener is the length of its queue
 
 
-class Accounts(Protocol):
-    """What has this worker's slot of the scoreboard; in a process that the program forks, another one."""
+class SlotOwner(Protocol):
+    """It knows this worker's slot of the scoreboard. In a process that the program forks that is another one."""
 
     board: scoreboard.Slot
 
@@ -41,14 +41,14 @@ class ConnectionBalancer:
         The listeners' descriptors, and whose they are.
     """
 
-    def __init__(self, fds: Sequence[int], servers: Sequence[Any], accounts: Accounts) -> None:
-        self._servers, self._accounts = dict(zip(fds, servers, strict=True)), accounts
+    def __init__(self, fds: Sequence[int], servers: Sequence[Any], owner: SlotOwner) -> None:
+        self._servers, self._owner = dict(zip(fds, servers, strict=True)), owner
         self._counted = {fd for fd, server in self._servers.items() if _length(server) is not None}
         self._since = dict.fromkeys(fds, 0.0)  # when a queue was left to siblings
 
     def hold(self, number: int) -> None:
         """Tell siblings how many connections this worker has."""
-        self._accounts.board.ints[scoreboard.HELD] = number
+        self._owner.board.ints[scoreboard.HELD] = number
 
     def queued(self, fd: int) -> int:
         """How many connections wait at a listener; where that is not known, which is not TCP, 1 if any does."""
@@ -61,7 +61,7 @@ class ConnectionBalancer:
 
         To be asked after a take. The one that was taken stays, so its worker was quick; a sibling that the kernel has
         woken for the next one may not have run yet. As long as one is free and this worker has its share, leave the
-        queue alone and ask again after `ASIDE` seconds. In vain for `PATIENCE` seconds, it is `TAKE` for as long.
+        queue alone and ask again after `ASIDE` seconds. In vain for `YIELD_FOR` seconds, it is `TAKE` for as long.
 
         Parameters
         ----------
@@ -72,13 +72,13 @@ class ConnectionBalancer:
         """
         self.hold(held)
         queued = self.queued(fd)
-        if not queued or not self._accounts.board.has_share(held, queued, single):
+        if not queued or not self._owner.board.has_share(held, queued, single):
             self._since[fd] = 0.0
             return TAKE if queued else EMPTY
         now = monotonic()
-        if now - self._since[fd] >= 2 * PATIENCE:
+        if now - self._since[fd] >= 2 * YIELD_FOR:
             self._since[fd] = now
-        return YIELD if now - self._since[fd] < PATIENCE else TAKE
+        return YIELD if now - self._since[fd] < YIELD_FOR else TAKE
 
 
 def _length(server: Any) -> int | None:

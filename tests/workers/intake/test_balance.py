@@ -16,10 +16,11 @@ import pytest
 
 import prefork.link.scoreboard as scoreboard
 import prefork.workers.eventloop.listener_gate as listener_gate
+import prefork.workers.intake.batch as batch
 from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
 from prefork.workers.intake.acceptor import Acceptor
-from prefork.workers.intake.balance import EMPTY, PATIENCE, TAKE, YIELD, ConnectionBalancer
+from prefork.workers.intake.balance import EMPTY, TAKE, YIELD, YIELD_FOR, ConnectionBalancer
 from support import Address, dial, elapse
 from support.scripts import Start, path_of_modules
 from support.web import Web
@@ -149,8 +150,8 @@ def test_who_has_no_share() -> None:
 
 
 @dataclass
-class Accounts:
-    """What a share wants of its worker's."""
+class SlotOwner:
+    """What a balancer asks of its worker."""
 
     board: Slot
 
@@ -169,28 +170,28 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
     with ExitStack() as stack:
         stack.callback(server.server_close)
         fd = server.fileno()
-        share = ConnectionBalancer([fd], [server], Accounts(mine))
-        assert share.queued(fd) == 0 and share.whose(fd, 2, single=True) == EMPTY
+        balancer = ConnectionBalancer([fd], [server], SlotOwner(mine))
+        assert balancer.queued(fd) == 0 and balancer.whose(fd, 2, single=True) == EMPTY
         for _ in range(3):
             stack.enter_context(dial(address))
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         assert poll.poll(1000)
-        assert share.queued(fd) == (3 if kind == "tcp" else 1)
+        assert balancer.queued(fd) == (3 if kind == "tcp" else 1)
         stack.enter_context(server.get_request()[0])
-        assert share.queued(fd) == (2 if kind == "tcp" else 1)
+        assert balancer.queued(fd) == (2 if kind == "tcp" else 1)
         for _ in range(3):
-            assert share.whose(fd, 2, single=True) == YIELD
+            assert balancer.whose(fd, 2, single=True) == YIELD
         assert mine.ints[scoreboard.HELD] == 2
-        share._since[fd] -= PATIENCE
-        assert share.whose(fd, 2, single=True) == TAKE
-        share._since[fd] -= PATIENCE
-        assert share.whose(fd, 2, single=True) == YIELD
+        balancer._since[fd] -= YIELD_FOR
+        assert balancer.whose(fd, 2, single=True) == TAKE
+        balancer._since[fd] -= YIELD_FOR
+        assert balancer.whose(fd, 2, single=True) == YIELD
         other.floats[scoreboard.BUSY_SINCE] = 1.0
-        assert share.whose(fd, 2, single=True) == TAKE
+        assert balancer.whose(fd, 2, single=True) == TAKE
         for _ in range(2):
             stack.enter_context(server.get_request()[0])
-        assert share.whose(fd, 2, single=True) == EMPTY
+        assert balancer.whose(fd, 2, single=True) == EMPTY
 
 
 def test_each_queue_is_left_for_itself() -> None:
@@ -202,14 +203,14 @@ def test_each_queue_is_left_for_itself() -> None:
             server = socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler)
             stack.callback(server.server_close)
             servers[server.fileno()] = server
-        share = ConnectionBalancer([*servers], [*servers.values()], Accounts(mine))
+        balancer = ConnectionBalancer([*servers], [*servers.values()], SlotOwner(mine))
         one, other = servers
         for _ in range(2):
             stack.enter_context(dial(Address("tcp", *servers[one].server_address)))
-        assert share.whose(one, 2, single=False) == YIELD
-        share._since[one] -= PATIENCE
-        assert share.whose(other, 2, single=False) == EMPTY
-        assert share.whose(one, 2, single=False) == TAKE
+        assert balancer.whose(one, 2, single=False) == YIELD
+        balancer._since[one] -= YIELD_FOR
+        assert balancer.whose(other, 2, single=False) == EMPTY
+        assert balancer.whose(one, 2, single=False) == TAKE
 
 
 # -- in an event loop ------------------------------------------------------------------------------
@@ -237,9 +238,9 @@ class Loop:
         self.cells = mine.ints
         self.acceptor = Acceptor(Taker(), [server], mine)
         stack.callback(os.close, self.acceptor._null)
-        share = ConnectionBalancer(self.acceptor.fds, [server], Accounts(mine))
+        balancer = ConnectionBalancer(self.acceptor.fds, [server], SlotOwner(mine))
         loop = asyncio.get_running_loop()
-        self.gate = listener_gate.ListenerGate(loop, self.acceptor, share, self._take, lambda: self.held, LIMIT)
+        self.gate = listener_gate.ListenerGate(loop, self.acceptor, balancer, self._take, lambda: self.held, LIMIT)
         stack.callback(self.gate.discard)
 
     def dial(self, number: int) -> None:
@@ -299,7 +300,7 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, k
     """Where as many have ended as were taken, the next batch shares nothing out, whatever else stays; but if that was
     long ago."""
     monkeypatch.setattr(listener_gate, "ASIDE", 0.0)
-    monkeypatch.setattr(listener_gate, "PATIENCE", 60.0)
+    monkeypatch.setattr(batch, "RECENT", 60.0)
 
     async def main(it: Loop) -> None:
         it.dial(2)
@@ -318,7 +319,7 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, k
         it.end(it.held - kept)
         while await it.taken():
             it.end(it.held - kept)
-        monkeypatch.setattr(listener_gate, "PATIENCE", 0.0)
+        monkeypatch.setattr(batch, "RECENT", 0.0)
         it.dial(2)
         assert await it.taken() == 1, "it is long since the last"
 
