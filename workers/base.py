@@ -219,7 +219,7 @@ class Worker:
             From `serving(peer).begin()`, by whoever took it, so that a loop that hands requests to threads knows of
             each before it is told that there are no more. It is ended here.
         """
-        dispatch.serve(self, server, request, peer, begun)
+        dispatch.run_chain(self, server, request, peer, begun)
 
     def leave(self) -> None:
         """Take nothing new, finish what is in hand, be replaced at once; as after TERM. For the main thread."""

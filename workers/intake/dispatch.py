@@ -1,8 +1,8 @@
 """The chain of socketserver's methods around one request, for every loop but the hottest: verify, process, finish, shut
 down, and what becomes of an exception in it.
 
-Where the chain hands a request to another thread (`ThreadingMixIn`, an executor, whatever replaces its middle), the
-request is over when it is shut down there; daemon threads are waited for too.
+The chain may hand a request to another thread (`ThreadingMixIn`, an executor, whatever replaces its middle). That
+request is over when it is shut down there. A worker that leaves waits for daemon threads too.
 """
 
 import socket
@@ -15,8 +15,8 @@ from prefork.errors import OptionError, RequestTimeout
 _COROUTINE = 0x80  # inspect.CO_COROUTINE; `inspect` takes 10 ms to import
 
 
-class Account(Protocol):
-    """One request, as the worker counts it."""
+class Begun(Protocol):
+    """A request in hand, as the worker accounts for it."""
 
     thread: int
 
@@ -29,15 +29,15 @@ class Account(Protocol):
     def end(self) -> None: ...
 
 
-A = TypeVar("A", bound=Account)
+R = TypeVar("R", bound=Begun)
 
 
-class Accounts(Protocol[A]):
+class ChainWorker(Protocol[R]):
     """What the chain asks of the worker."""
 
-    _handed: dict[int, A] | None
+    _handed: dict[int, R] | None
 
-    def serving(self, peer: object) -> A: ...
+    def serving(self, peer: object) -> R: ...
 
 
 def check_handler(handler: object, socket_type: int) -> None:
@@ -94,12 +94,12 @@ def hands_over(server: Any) -> bool:
     return not is_stock(server, {"process_request": socketserver.BaseServer.process_request})
 
 
-def follow(worker: Accounts[A], server: Any) -> None:
-    """Where the chain hands requests to another thread, have them say when they are done.
+def follow(worker: ChainWorker[R], server: Any) -> None:
+    """Where the chain hands requests to another thread, have each request end when it is shut down there.
 
-    With a TLS listener the handshake is done when the request has begun, so that a silent client has a deadline; in the
-    accept it would hold the worker, and no deadline would be running. A client that fails in it is dropped, as an
-    accept would have done.
+    With a TLS listener the handshake comes after the begin of the request, so that a silent client has a deadline. In
+    the accept the handshake would hold the worker, and no deadline would be running. A client that fails in it is
+    dropped, as an accept would have done.
     """
     secure = defer_handshake(server)
     if not (secure or hands_over(server)):
@@ -108,8 +108,8 @@ def follow(worker: Accounts[A], server: Any) -> None:
     finish, shutdown = server.finish_request, server.shutdown_request
 
     def finish_request(request: Any, client_address: Any) -> None:
-        if one := handed.get(id(request)):
-            one.adopt()
+        if active := handed.get(id(request)):
+            active.adopt()
         if secure:
             try:
                 request.do_handshake()
@@ -121,28 +121,28 @@ def follow(worker: Accounts[A], server: Any) -> None:
         try:
             shutdown(request)
         finally:
-            if one := handed.pop(id(request), None):
-                one.end()
+            if active := handed.pop(id(request), None):
+                active.end()
 
     server.finish_request, server.shutdown_request = finish_request, shutdown_request
 
 
-def serve(worker: Accounts[A], server: Any, request: Any, peer: Any, begun: A | None) -> None:
-    """One request, through the whole chain, accounted; one that has `begun` before is adopted."""
-    one = worker.serving(peer) if begun is None else begun
+def run_chain(worker: ChainWorker[R], server: Any, request: Any, peer: Any, begun: R | None) -> None:
+    """One request, through the whole chain, accounted for. One that has `begun` before is adopted."""
+    active = worker.serving(peer) if begun is None else begun
     handed = worker._handed
     here = True  # whether the request is done when the chain returns
     try:
-        one.__enter__() if begun is None else one.adopt()
+        active.__enter__() if begun is None else active.adopt()
         if handed is not None:
-            handed[id(request)] = one
+            handed[id(request)] = active
         if server.verify_request(request, peer):
             server.process_request(request, peer)
             here = handed is None or not hands_over(server) or _is_closed(request)
         else:
             server.shutdown_request(request)
         if here:
-            one.thread = 0  # no RequestTimeout any more, from here to its end
+            active.thread = 0  # no RequestTimeout any more, from here to its end
     except Exception:
         failed(server, request, peer)
     except BaseException:
@@ -152,9 +152,9 @@ def serve(worker: Accounts[A], server: Any, request: Any, peer: Any, begun: A | 
         if here:
             if handed is not None:
                 handed.pop(id(request), None)
-            one.end()
+            active.end()
         else:
-            one.part()
+            active.part()
 
 
 def failed(server: Any, request: Any, peer: Any) -> None:
