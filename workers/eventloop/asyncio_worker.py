@@ -75,7 +75,7 @@ class AsyncioWorker(LoopWorker):
         self._turning = True
         if self.draining:  # told before there was a loop to wake
             self._told()
-        self.loop.run_until_complete(self._serve())
+        self.loop.run_until_complete(self._run_until_drained())
 
     def drain(self) -> None:
         self._left_at = monotonic()
@@ -103,7 +103,7 @@ class AsyncioWorker(LoopWorker):
         for task in self._tasks:
             task.cancel()
 
-    async def _serve(self) -> None:
+    async def _run_until_drained(self) -> None:
         self._gate.watch()
         try:
             await self._gate.over
@@ -121,7 +121,7 @@ class AsyncioWorker(LoopWorker):
         taken = self.acceptor.try_take(fd)
         if taken is None:
             return False
-        task = self.loop.create_task(self._one(*taken))
+        task = self.loop.create_task(self._serve_request(*taken))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return True
@@ -152,9 +152,9 @@ class AsyncioWorker(LoopWorker):
 
     # -- serving ---------------------------------------------------------------------------------------------------
 
-    async def _one(self, server: Any, request: Any, peer: Any) -> None:
+    async def _serve_request(self, server: Any, request: Any, peer: Any) -> None:
         """One request, from the accept to the close."""
-        serve = self._datagram if server.socket_type == socket.SOCK_DGRAM else self._stream
+        serve = self._serve_datagram if server.socket_type == socket.SOCK_DGRAM else self._serve_stream
         try:
             await serve(server, request, peer)
         except asyncio.CancelledError:
@@ -165,12 +165,12 @@ class AsyncioWorker(LoopWorker):
         except Exception:
             server.handle_error(request, peer)
 
-    async def _datagram(self, server: Any, request: Any, peer: Any) -> None:
+    async def _serve_datagram(self, server: Any, request: Any, peer: Any) -> None:
         with self.serving(peer):
             if server.verify_request(request, peer):
                 await server.RequestHandlerClass(request, peer, server).serve()
 
-    async def _stream(self, server: Any, request: socket.socket, peer: Any) -> None:
+    async def _serve_stream(self, server: Any, request: socket.socket, peer: Any) -> None:
         writer = None
         try:
             with self.serving(peer):

@@ -60,7 +60,7 @@ class ThreadWorker(Worker):
         self._free: set[int] = set()
         self.threads = self.options.threads or self.THREADS
         self._started = 0
-        self._more_at = 0.0
+        self._start_again_at = 0.0
         # What ends the wait of the main thread: None, there is nothing more to take; or an exception to leave with.
         self._ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -112,15 +112,15 @@ class ThreadWorker(Worker):
     def _replace_hung(self) -> None:
         """Perhaps all threads hang; somebody must be there to find out that there is nothing more to take."""
         try:
-            threading.Thread(target=self._serve, name="prefork-last", daemon=True).start()
+            threading.Thread(target=self._take_and_serve, name="prefork-last", daemon=True).start()
         except RuntimeError:
             self._ends.put(None)
 
     def _start(self) -> None:
-        threading.Thread(target=self._serve, name=f"prefork-{self._started + 1}", daemon=True).start()
+        threading.Thread(target=self._take_and_serve, name=f"prefork-{self._started + 1}", daemon=True).start()
         self._started += 1
 
-    def _serve(self) -> None:
+    def _take_and_serve(self) -> None:
         me = threading.get_ident()
         take = self.accept if self._filter is None else self._filter.take
         while True:
@@ -138,7 +138,7 @@ class ThreadWorker(Worker):
                     # In hand before anybody else can be told that there is nothing more to take.
                     begun = self.serving(taken[2]).begin()
                     if not self._free and self._started < self.threads:
-                        self._one_more()
+                        self._start_another()
             if taken is None:
                 break
             try:
@@ -148,12 +148,12 @@ class ThreadWorker(Worker):
         self._ends.put(None)
         threading.Event().wait()  # a thread that has ended must not be sent signals
 
-    def _one_more(self) -> None:
+    def _start_another(self) -> None:
         now = monotonic()
-        if now < self._more_at:
+        if now < self._start_again_at:
             return
         try:
             self._start()
         except RuntimeError as error:  # the system has no room for it; whoever is here serves on
-            self._more_at = now + 1.0
+            self._start_again_at = now + 1.0
             log.warning("worker %d serves %d at once: %s", self.slot, self._started, error)
