@@ -16,7 +16,7 @@ from typing import Any
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.unpatched import refuse_patched
-from prefork.workers.accounting import ActiveRequest, FreeRequest
+from prefork.workers.accounting import ActiveRequest, UntimedRequest
 from prefork.workers.base import Worker
 from prefork.workers.intake.acceptor import RESOURCE_ERRORS
 from prefork.workers.intake.balance import ConnectionBalancer
@@ -168,12 +168,12 @@ class LoopWorker(Worker):
         """Around one request of the running task, so in the loop's thread. RequestTimeout is what comes out of the
         `with` block."""
         seconds = (self.options.request_timeout or 0.0) if timeout is None else timeout
-        return TaskRequest(self, peer, seconds) if seconds else self._free(peer)
+        return TaskRequest(self, peer, seconds) if seconds else self._untimed(peer)
 
     @functools.cached_property
-    def _free(self) -> Callable[[object], FreeRequest]:
+    def _untimed(self) -> Callable[[object], UntimedRequest]:
         """What `serving(peer, 0.0)` calls."""
-        return self._requests.free
+        return self._requests.untimed
 
 
 def bared(server: Any) -> dict[str, Any]:
