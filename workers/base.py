@@ -8,7 +8,6 @@ request that is past its deadline.
 
 import contextlib
 import faulthandler
-import math
 import os
 import random
 import signal
@@ -35,12 +34,13 @@ from prefork.rules.states import Phase
 from prefork.workers.accounting import ActiveRequest, ActiveRequests
 from prefork.workers.intake.acceptor import Accepted, Acceptor
 from prefork.workers.lifecycle import ToldToLeave, exit_code
+from prefork.workers.recycling import RecycleLimits
 
 log = logs.get("prefork")
 
 UNKNOWN_THREADS = 16  # of a server that makes them itself
 
-_OWN = frozenset({signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, INTERRUPT})  # what a worker has handlers for
+_OWN_SIGNALS = frozenset({signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, INTERRUPT})  # what a worker has handlers for
 
 
 class Worker:
@@ -107,11 +107,10 @@ class Worker:
         self._drain_ends: tuple[int, int] | None = None
         self._handed: dict[int, ActiveRequest] | None = None  # what the chain may give to another thread, by id
         self._stuck = False
-        self._memory_at = 0.0
-        rng = random.Random(context.seed)
-        self._recycle_after = pacing.recycle_after(self.options.max_requests, self.options.requests_jitter, rng)
-        # After which request to call `_look()`: the hot path compares one number.
-        self._limit = 1 if self.options.max_memory else self._recycle_after or 1 << 62
+        options = self.options
+        requests = pacing.recycle_after(options.max_requests, options.requests_jitter, random.Random(context.seed))
+        self._recycle_limits = RecycleLimits(self.slot, requests, options.max_memory, own_memory)
+        self._limit = self._recycle_limits.first_check  # after which request to call `_look()`
         limit = self.options.request_timeout
         self._timeout = limit + self.slack if limit else 0.0
         self._requests = ActiveRequests(self._board, self._timeout, self._limit, self._look, self._judge)
@@ -259,23 +258,8 @@ class Worker:
 
     def _look(self, count: int, now: float) -> None:
         """After a request: ask to be recycled where a limit is reached."""
-        if self._recycle_requested:
-            return
-        if self._recycle_after and count >= self._recycle_after:
-            self.recycle(f"max_requests: {count} of {self._recycle_after}")
-        if self.options.max_memory and now >= self._memory_at:
-            # Memory grows only while requests are served: it is looked at then, at most twice a second, and never when
-            # idle.
-            self._memory_at = now + 0.5
-            limit = self.options.max_memory
-            try:
-                memory = own_memory()
-            except Exception as error:  # it is no fault of the request that was just served
-                self._memory_at = math.inf
-                log.warning("worker %d: max_memory has no effect; its memory cannot be told: %s", self.slot, error)
-                return
-            if memory > limit:
-                self.recycle(f"max_memory: {memory / 1048576:.1f} MiB of {limit / 1048576:.1f} MiB")
+        if not self._recycle_requested and (reason := self._recycle_limits.reason(count, now)):
+            self.recycle(reason)
 
     def _say_threads(self, number: int) -> None:
         """So many may keep the main thread from the interpreter when a signal comes: the master waits longer for it."""
@@ -316,7 +300,7 @@ class Worker:
         self._judge()
 
     def _judge(self) -> None:
-        """Once a request, and only if it is late: the order may have been meant for the one before."""
+        """Interrupt a request once, and only if it is late: the order may have been meant for the request before."""
         floats = self._board.floats
         deadline = floats[scoreboard.DEADLINE]
         if deadline and monotonic() >= deadline and floats[scoreboard.INTERRUPTED] != deadline:
@@ -324,7 +308,7 @@ class Worker:
 
     def _hold_signals(self) -> None:
         """Before the program forks: what is sent to the child at its birth must find the child's own handlers."""
-        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OWN)
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OWN_SIGNALS)
 
     def _free_signals(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
@@ -339,13 +323,13 @@ class Worker:
             self._free_signals()
             return
         self._disowned = True
-        for one in _OWN:
-            signal.signal(one, signal.SIG_DFL)
+        for number in _OWN_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         self._free_signals()
         self._board = scoreboard.Slot.detached()
         self._requests.disown(self._board)
         servers: Sequence[Any] = self.servers
-        streams = [one.socket.fileno() for one in servers if one.socket_type == socket.SOCK_STREAM]
+        streams = [server.socket.fileno() for server in servers if server.socket_type == socket.SOCK_STREAM]
         with contextlib.suppress(OSError):
             null = dev_null.open_null()
             for fd in [self._uplink.fd, *streams]:
@@ -386,11 +370,11 @@ class Worker:
         return code
 
 
-# In these no exception of ours is raised: half a `begin()`, or an `end()` at its first instruction, would keep its
-# request in hand for ever, and half an order to leave is none.
+# In these an interrupt raises nothing: half a `begin()`, or an `end()` that stops at its first instruction, would keep
+# its request in hand for ever, and half an order to leave is none.
 _UNDIVIDED = {
-    one.__code__
-    for one in (
+    function.__code__
+    for function in (
         ActiveRequest.__enter__,
         ActiveRequest.begin,
         ActiveRequest.end,
