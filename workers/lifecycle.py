@@ -23,23 +23,25 @@ from prefork.link.worker_context import INTERRUPT, WorkerContext
 
 
 class Life(Protocol):
-    """What the child becomes: a worker."""
+    """The worker that the child becomes."""
 
     draining: bool
     _board: scoreboard.Slot  # in a process that the program forked, one that nobody reads
-    _ready: bool  # it is, or was
+    _ready: bool  # it is ready, or was
     _stuck: bool  # a thread of it does not end
 
     def live(self) -> int: ...
 
 
 class ToldToLeave(SystemExit):
-    """Raised in a child that is told to leave before it is ready: nobody was served yet, so that nothing is cut off. It
-    ends the boot, whose `finally` blocks and `atexit` functions run. Where it is swallowed, or does not come through,
-    the master kills the child."""
+    """Raised in a child that is told to leave before it is ready. It has served nobody yet, so nothing is cut off.
+
+    It ends the boot, whose `finally` blocks and `atexit` functions run. Where the program swallows it, or it does not
+    come through, the master kills the child.
+    """
 
 
-ABANDONED = 0.5  # seconds for which a child whose boot came to nothing waits for threads that it has started
+ABANDONED = 0.5  # seconds for which a child whose boot has failed waits for the threads that it has started
 
 
 def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock: Callable[[], None]) -> int:
@@ -50,10 +52,10 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
     logs.enter_child()
     # The stacks of a hang (ABRT) or a crash (SIGSEGV and its like) go into the report of this worker's death.
     faulthandler.enable(file=context.uplink_write, all_threads=True)
-    for one in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH, INTERRUPT):
-        # Not a handler that does nothing: handlers run on the small stack that faulthandler made for this thread, one
-        # on top of the other, and six pending signals overflow it.
-        signal.signal(one, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH, INTERRUPT):
+        # Not a handler that does nothing: handlers run on the small stack that faulthandler made for this thread, each
+        # on top of the one before, and six pending signals overflow it.
+        signal.signal(number, signal.SIG_IGN)
     told = leave_if_told(lambda: life)  # until there is a worker that is ready
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     set_title(f"{context.title} starting")
@@ -78,8 +80,8 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
         gc.disable()
         return code
     if told or life is None or not life._ready:
-        for one in (signal.SIGTERM, signal.SIGQUIT):
-            signal.signal(one, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
         exit_handlers.run(ABANDONED)
     else:
         life.draining = True  # it takes no orders but to hurry
@@ -92,12 +94,12 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
 
 
 def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
-    """Have TERM and QUIT raise `ToldToLeave`, once. Returns what is filled with the signal that came."""
+    """Have TERM and QUIT raise `ToldToLeave`, once. Returns a list that receives the signal that came."""
     told: list[int] = []
 
     def leave(signum: int, frame: types.FrameType | None) -> None:
         if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-            # Perhaps in a callback of a weak reference, which would swallow it. Once more, a bytecode later.
+            # This may be a callback of a weak reference, which would swallow it: again, a bytecode later.
             signal.raise_signal(signum)
         elif not told:
             told.append(signum)
@@ -106,8 +108,8 @@ def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
             warnings.simplefilter("ignore")  # of files that are not closed, and coroutines that are not awaited
             raise ToldToLeave
 
-    for one in (signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(one, leave)
+    for number in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, leave)
     return told
 
 
