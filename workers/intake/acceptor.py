@@ -51,7 +51,7 @@ _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
 
 
 class Taker(Protocol):
-    """What the acceptor asks of the worker it belongs to."""
+    """What an acceptor asks of its worker."""
 
     slot: int
     draining: bool
@@ -63,8 +63,8 @@ class Taker(Protocol):
 class Acceptor:
     """The listeners of one worker.
 
-    For a loop that serves what it takes: `take()`. For a loop that waits for more than listeners: `poll_with()` an
-    epoll of one's own, `try_take()` what it found readable, and the same once more at the end (`last_look()`).
+    For a loop that serves what it takes: `take()`. For a loop that waits for more than listeners: `poll_with()` the
+    epoll of that loop, `try_take()` from what is readable, and the same once more at the end (`last_look()`).
     """
 
     def __init__(self, worker: Taker, servers: Sequence[socketserver.BaseServer], board: scoreboard.Slot) -> None:
@@ -74,15 +74,16 @@ class Acceptor:
         self.takes: list[Take] = [make_accept(server, board) for server in servers]
         self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))
         self._unix = {fd for fd, server in zip(self.fds, servers, strict=True) if _is_local(server)}
-        self._said = 0.0
+        self._said = 0.0  # when the log was last told that the system is full
         self._first = -1  # of `in_turn()`
-        self._null = -1  # what takes the place of the only listener: made now, for a full table has no room for it
-        self._left = False  # it has taken that place
-        self._closed = False  # by the program: its number may be somebody else's now
+        # What takes the place of the only listener. It is made now, for a full table of descriptors has no room for it.
+        self._null = -1
+        self._replaced = False  # by that
+        self._closed = False  # by the program: the number of the descriptor may be somebody else's now
         self._wait: Callable[[], list[int]] | None = None
-        self._ready: list[int] = []
-        self._looks: list[list[int]] | None = None
-        self._outside: set[int] = set()  # what the epoll of `take()` should wait for, and has no room for
+        self._ready: list[int] = []  # what `_wait()` has found, and nobody has taken from yet
+        self._looks: list[tuple[int, int]] | None = None  # listeners to take from at the end, and how often
+        self._unwatched: set[int] = set()  # listeners that the epoll of `take()` has no room for
         if len(servers) == 1:
             self._null = dev_null.open_null()
         else:
@@ -94,7 +95,7 @@ class Acceptor:
             self._wake()
         elif not (self._worker.pool_drains or self._closed):
             os.dup2(self._null, self.fds[0], inheritable=False)
-            self._left = True
+            self._replaced = True
 
     def take(self) -> Accepted | None:
         """The next connection or datagram: (server, request, peer). None when this worker is to take no more."""
@@ -118,7 +119,7 @@ class Acceptor:
             # A listener with a timeout does not say EAGAIN. A handshake that took too long is no end of the queue.
             silent = isinstance(error, TimeoutError) and not readiness.is_readable(self.fds[0])
             # The kernel looks for a descriptor first, and then for a connection: there may be nobody to give it to.
-            vain = error.errno in RESOURCE_ERRORS and (self._left or not readiness.is_readable(self.fds[0]))
+            vain = error.errno in RESOURCE_ERRORS and (self._replaced or not readiness.is_readable(self.fds[0]))
             if silent or vain or error.errno in _OVER:
                 worker.draining = True
                 return True
@@ -154,7 +155,8 @@ class Acceptor:
                 if taken := self._taken_from(self._ready.pop(0)):
                     return taken
                 if not self._ready and self._epoll is not None:
-                    # Who was faster was perhaps woken for another listener, and nobody else will be for that one.
+                    # The worker that was faster may have been woken for another listener: the kernel wakes nobody else
+                    # for that one.
                     for fd in self.fds:
                         self._queue_up(fd)
             if not self._worker.draining:
@@ -165,14 +167,12 @@ class Acceptor:
         """A wake-up that the kernel gave to this worker alone must not be lost with it: look once more. Not longer: it
         serves one after the other, and a long queue would keep it past `graceful_timeout`."""
         if self._looks is None:
-            self._looks = [[fd, sys.maxsize if self._worker.pool_drains else 1] for fd in self.fds]
+            self._looks = [(fd, sys.maxsize if self._worker.pool_drains else 1) for fd in self.fds]
         while self._looks:
-            one = self._looks[-1]
-            one[1] -= 1
-            taken = self._taken_from(one[0]) if one[1] >= 0 else None
-            if taken:
+            fd, left = self._looks.pop()
+            if left and (taken := self._taken_from(fd)):
+                self._looks.append((fd, left - 1))
                 return taken
-            self._looks.pop()
         return None
 
     def last_look(self) -> int:
@@ -190,7 +190,7 @@ class Acceptor:
             return None
         if taken and self._epoll is not None:
             self._queue_up(fd)
-            if fd in self._outside:
+            if fd in self._unwatched:
                 self._ready.append(fd)
         return taken
 
@@ -204,19 +204,19 @@ class Acceptor:
             if error.errno not in RESOURCE_ERRORS:
                 raise
             self.say_full(error, "wait for a listener", "it looks at times, and tries again")
-            self._outside.add(fd)
+            self._unwatched.add(fd)
         else:
-            self._outside.discard(fd)
+            self._unwatched.discard(fd)
 
     def _wait_exclusively(self) -> list[int]:
         assert self._epoll is not None
-        if not self._outside:
+        if not self._unwatched:
             return [fd for fd, _ in self._epoll.poll()]
         ready = [fd for fd, _ in self._epoll.poll(PAUSE)]
-        outside = list(self._outside)
-        for fd in outside:
+        unwatched = list(self._unwatched)
+        for fd in unwatched:
             self._queue_up(fd)
-        return [*ready, *outside]
+        return [*ready, *unwatched]
 
     _epoll: "select.epoll | None" = None
 
@@ -304,7 +304,7 @@ class Acceptor:
         self.join(epoll, fd)
 
     def join(self, epoll: "select.epoll", fd: int) -> None:
-        """To the end of the kernel's line, for who is not in it. Raises what `step_back()` does."""
+        """To the end of the kernel's line, from outside of it. Raises what `step_back()` does."""
         try:  # noqa: SIM105
             epoll.register(fd, select.EPOLLIN | _EXCLUSIVE)
         except FileExistsError:
