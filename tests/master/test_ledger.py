@@ -90,7 +90,7 @@ def test_the_judge_is_just(tmp_path: Path) -> None:
 # -- the pool --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "number"), [("tcp", 100), ("unix", 20), soak("unix", 100)])
+@pytest.mark.parametrize(("kind", "number"), [("tcp", 30), ("unix", 10), soak("tcp", 100), soak("unix", 100)])
 def test_graceful_stops_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str, number: int) -> None:
     """16 clients that never stop, a pool that is stopped and started on one address: 0 reset, 0 unanswered."""
     program = start("pool.py", {"tcp": TCP, "unix": UNIX}[kind], "--workers", 4).ready()
@@ -131,7 +131,7 @@ def test_twenty_reloads_at_once_are_one_or_two(start: Start, ledger: Ledger, loa
     program.finish()
 
 
-@pytest.mark.parametrize(("kind", "number"), [("tcp", 1000), ("unix", 200), soak("unix", 1000)])
+@pytest.mark.parametrize(("kind", "number"), [("tcp", 200), ("unix", 50), soak("tcp", 1000), soak("unix", 1000)])
 def test_retirements_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str, number: int) -> None:
     """TERM from outside to one worker after the other under 16 clients: each is replaced, and no request fails."""
     program = start("pool.py", {"tcp": TCP, "unix": UNIX}[kind], "--workers", 4).ready()

@@ -9,7 +9,7 @@ import pytest
 from sweep import faults, matrix, tracer
 from sweep.life import Cell
 
-SECONDS = 38.0  # after which no life begins; one takes 2 s, or 20 s where much is wrong
+SECONDS = 20.0  # after which no life begins; one takes 2 s, or 20 s where much is wrong
 
 
 @pytest.mark.timeout(180)
