@@ -258,7 +258,7 @@ def test_interrupting_what_is_around(start: Start, kind: str) -> None:
     program.write("now", "")
     for within in ["pass", "part", "part=0", "nest=3", "fail", "job=now", "hand=now", "job=never", "hand=never"]:
         assert tell(program, kind, f"{within}/linger=8") is None, within
-        assert tell(program, kind, "extend=20/linger=0.3").pid == worker, within
+        assert tell(program, kind, "extend=20/linger=0.22").pid == worker, within
     program.write("never", "")
     program.finish()
 

@@ -242,8 +242,8 @@ def test_death_right_after_ready_does_not_spin(start: Start, notes: Notes, troub
         allow=[patterns.TRACEBACK],
     )
     noted(notes, "boot", 2)
-    elapse(2.5)
+    elapse(1.5)
     number = len(notes("boot"))
-    assert 4 <= number <= 12, number
+    assert 4 <= number <= 10, number
     assert program.running
     program.finish()

@@ -200,13 +200,17 @@ Lines.answer = answer
 # -- nothing is lost -------------------------------------------------------------------------------
 
 LEDGER = """
+from prefork.workers.handlers.threaded import ThreadWorker
 from work import Work
+
+class Brief(ThreadWorker):
+    LAST_WORD = 0.2
 
 class Lines(Work):
     has_request = staticmethod(lambda data: b"\\n" in data)
 
 class Pool(SERVER):
-    worker_class = "thread"
+    worker_class = Brief
     workers = 3
     threads = 4
     SETTINGS

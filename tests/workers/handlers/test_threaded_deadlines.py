@@ -93,7 +93,7 @@ def test_an_extended_deadline(start: Start, notes: Notes, bases: str) -> None:
     with ExitStack() as stack:
         long = hold(program.address, stack, "extend gate go")
         noted(notes, "begun")
-        for _ in range(6):
+        for _ in range(4):
             assert ask(program.address).pid == worker
             elapse(0.25)
         assert not notes("exit")
