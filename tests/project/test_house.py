@@ -200,6 +200,13 @@ def sleeps(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{module}:{node.lineno}: {name}"
 
 
+def long_modules(module: str, tree: ast.AST, most: int = 500) -> Iterator[str]:
+    """The module, if it has more lines than `most`."""
+    lines = max(getattr(node, "end_lineno", 0) for node in ast.walk(tree))
+    if lines > most:
+        yield f"{module}: {lines} lines; a module of this folder has at most {most}: divide it by subject"
+
+
 def none_of(problems: Iterable[str]) -> None:
     """Fail with every problem on a line of its own."""
     found = sorted(problems)
@@ -255,6 +262,11 @@ def test_tests_do_not_sleep() -> None:
     none_of(p for module, tree in TESTS.items() if not module.startswith("programs") for p in sleeps(module, tree))
 
 
+def test_no_test_file_is_long() -> None:
+    """No file of the tests is too long to find a test in it: its name says what it is about."""
+    none_of(problem for module, tree in TESTS.items() for problem in long_modules(module, tree))
+
+
 @pytest.mark.parametrize(
     ("rule", "module", "source", "problems"),
     [
@@ -291,6 +303,8 @@ def test_tests_do_not_sleep() -> None:
         (avoided_names, "utils", "", 1),
         (silent_tests, "test_x", "def test_x(): ...\nclass TestX:\n    async def test_y(self): ...", 2),
         (silent_tests, "test_x", "def test_x():\n    '''It is so.'''", 0),
+        (long_modules, "test_x", "\n" * 499 + "x = 1", 0),
+        (long_modules, "test_x", "\n" * 500 + "x = 1", 1),
         (sleeps, "test_x", "import time\ntime.sleep(1)", 1),
         (sleeps, "test_x", "from time import sleep as rest", 1),
     ],
