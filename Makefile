@@ -68,7 +68,7 @@ lint: $(BUILD)/tools
 
 # Against the checkout: what only a wheel can show (tests/project/test_package.py) knows it by this variable.
 t: $(BUILD)/tools
-	env PYTHONPATH='$(CURDIR)' PREFORK_TEST_CHECKOUT=1 $(BIN)/pytest -q -p no:cacheprovider $(T) $(if $(K),-k '$(K)') $(ARGS)
+	env PYTHONPATH='$(CURDIR)' PREFORK_TEST_CHECKOUT=1 $(BIN)/pytest -p no:cacheprovider $(T) $(if $(K),-k '$(K)') $(ARGS)
 
 # The `pytest` command, never `python -m pytest`, which would put this folder on sys.path (tests/project/test_package.py asserts it).
 pytest: $(BUILD)/wheel
@@ -84,7 +84,7 @@ sweep: $(BUILD)/wheel
 T ?= tests
 N ?= 50
 repeat: $(BUILD)/wheel
-	@i=0; while [ $$i -lt $(N) ]; do i=$$((i + 1)); echo "$$i of $(N)"; $(BIN)/pytest -q -x $(T) $(ARGS) || exit 1; done
+	@i=0; while [ $$i -lt $(N) ]; do i=$$((i + 1)); echo "$$i of $(N)"; $(BIN)/pytest -x $(T) $(ARGS) || exit 1; done
 
 stress: $(BUILD)/wheel
 	@busy=; trap 'kill $$busy' EXIT; trap 'exit 1' HUP INT TERM; \
