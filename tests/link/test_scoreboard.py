@@ -85,7 +85,7 @@ def test_room_for_every_worker() -> None:
         None, "", b"", "/tmp/" + "x" * 300, b"/tmp/\xff\x1b[31m\n", ("::1", 80, 0, 0), ("x" * 500, 65535), ("a", -1),
         ("a", 2**40), ("a", "b"), (), (None, None), 7, object(), ("caf\u00e9\0hidden", 1), "\udcff\u202e\u0000",
     ],
-    ids=str,
+    ids=lambda peer: "object" if type(peer) is object else str(peer),
 )  # fmt: skip
 def test_any_peer(peer: object) -> None:
     """Whatever a client calls itself, its name on the scoreboard is short and printable."""
