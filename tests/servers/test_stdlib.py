@@ -72,7 +72,7 @@ def told(name: str, result: dict[str, Any]) -> str:
 def test_what_passes_with_forking_passes_with_prefork(module: str) -> None:
     """Each test of CPython's that passes with ForkingMixIn (twice of twice) passes with ours; no process is left."""
     # One test hangs with ForkingMixIn, which waits for a kept-alive connection. All others need less than a second.
-    baseline = drive("forking", module, "--times", 2, "--deadline", 8)
+    baseline = drive("forking", module, "--times", 2, "--deadline", 3)
     ours = drive("prefork", module)
     served = {name for name in passed(baseline) if baseline["results"][name]["served"]}
     wanted = {name for name in passed(baseline) if short(name) not in DIFFERENT}
