@@ -3,7 +3,6 @@
 import prefork.kernel.import_path as import_path
 
 # isort: split
-import importlib
 from socketserver import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from prefork.servers.mixin import (
     PreforkUnixStreamServer,
 )
 from prefork.servers.runner import serve
+from prefork.workers import MODULES
 from prefork.workers.base import Worker
 from prefork.workers.handlers.sync import SyncWorker
 
@@ -60,21 +60,12 @@ __all__ = [
 ]
 
 # Imported when they are asked for: what they stand on costs up to 50 ms, and memory.
-_LATER = {
-    "ASGIWorker": "prefork.workers.asgi.worker",
-    "AsyncDatagramRequestHandler": "prefork.workers.eventloop.handlers",
-    "AsyncStreamRequestHandler": "prefork.workers.eventloop.handlers",
-    "AsyncioWorker": "prefork.workers.eventloop.asyncio_worker",
+_MODULES = {
     "BufferedHTTPMixIn": "prefork.servers.http",
     "PreforkHTTPServer": "prefork.servers.http",
-    "ThreadWorker": "prefork.workers.handlers.threaded",
-    "WSGIWorker": "prefork.workers.wsgi.worker",
+    **MODULES,
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with import_path.OwnImports():
-        found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
-    return found
+    return import_path.attribute(globals(), _MODULES, name)

@@ -70,6 +70,25 @@ class OwnImports:
         sys.modules.update(self._aside)
 
 
+def attribute(names: dict[str, object], modules: dict[str, str], name: str) -> object:
+    """For a package's `__getattr__`: a name that a module of prefork's defines, which is imported now.
+
+    Parameters
+    ----------
+    names
+        The package's `globals()`, in which the name is kept.
+    modules
+        Of each name the module.
+    """
+    if name not in modules:
+        raise AttributeError(f"module {names['__name__']!r} has no attribute {name!r}")
+    with Own():
+        import importlib
+
+        names[name] = getattr(importlib.import_module(modules[name]), name)
+    return names[name]
+
+
 def _is_standard(module: object) -> bool:
     """Whether a module with the name of a standard one is that one."""
     origin = getattr(getattr(module, "__spec__", None), "origin", None) or getattr(module, "__file__", None)

@@ -4,9 +4,7 @@ The setting `worker_class` is a class, a short name of ours, a name that an inst
 points `prefork.workers`, or `MODULE:NAME`. A class is imported only where it is used.
 """
 
-import contextlib
 import importlib
-import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -19,11 +17,11 @@ from prefork.workers.base import Worker
 W = TypeVar("W", bound=Worker)
 
 CLASSES = {
-    "sync": "prefork.workers.handlers.sync:SyncWorker",
-    "thread": "prefork.workers.handlers.threaded:ThreadWorker",
-    "asyncio": "prefork.workers.eventloop.asyncio_worker:AsyncioWorker",
-    "wsgi": "prefork.workers.wsgi.worker:WSGIWorker",
-    "asgi": "prefork.workers.asgi.worker:ASGIWorker",
+    "sync": "prefork.workers:SyncWorker",
+    "thread": "prefork.workers:ThreadWorker",
+    "asyncio": "prefork.workers:AsyncioWorker",
+    "wsgi": "prefork.workers:WSGIWorker",
+    "asgi": "prefork.workers:ASGIWorker",
 }
 ENTRY_POINTS = "prefork.workers"  # the group in which other distributions register classes under short names
 
@@ -46,9 +44,7 @@ def resolve(setting: object) -> type[Worker]:
                 f"registers in the entry points {ENTRY_POINTS}"
             )
         try:
-            own = module_name.startswith("prefork.") and module_name not in sys.modules
-            with import_path.OwnImports() if own else contextlib.nullcontext():
-                kind = importlib.import_module(module_name)
+            kind = importlib.import_module(module_name)
             for part in name.split("."):
                 kind = getattr(kind, part)
         except OptionError:
