@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _serve(given)
         except (PreforkError, OSError) as error:
             code = error.exit_code if isinstance(error, PreforkError) else 1
-            text = f"{given.program}: {error}" if isinstance(error, ProgramError) else _plain(error)
-            log_stderr.write(f"prefork: error: {text}\n")
+            text = f"{given.program}: {error}" if isinstance(error, ProgramError) else _text_of(error)
+            logs.write(f"prefork: error: {text}\n")
             return code
         except KeyboardInterrupt:
             return 130
 
 
-def _plain(error: Exception) -> str:
+def _text_of(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)
     where = f" {error.filename}" if error.filename else ""
@@ -56,15 +56,16 @@ def _plain(error: Exception) -> str:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    for one in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
-        signal.signal(one, signal.SIG_IGN)  # until there is a pool to which they mean something
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)  # they mean something to a pool only
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # free for the program, in the workers; nothing to the master
-    # Until there is a pool. A shell that starts it in the background has INT and QUIT ignored; process 1 of a container
-    # dies of no signal that it has no handler for.
+    # Until there is a pool. A shell that starts the command in the background has INT and QUIT ignored, and process 1
+    # of a container dies only of signals that it handles.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for one in (signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(one, _leave)
-    flags = {one.name: getattr(given, one.name) for one in declared() if getattr(given, one.name, None) is not None}
+    for number in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, _leave)
+    values = {setting.name: getattr(given, setting.name, None) for setting in declared()}
+    flags = {name: value for name, value in values.items() if value is not None}
     try:
         place = ProgramDirectory(given.chdir)
     except OSError as error:
@@ -129,12 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chdir", default="", metavar="DIR", help="run as if it had been started in this directory; it may be a link"
     )
-    for one in declared():
-        if one.flag:
-            names = [f"--{one.name.replace('_', '-')}"]
+    for setting in declared():
+        if setting.flag:
+            names = [f"--{setting.name.replace('_', '-')}"]
             parser.add_argument(
-                *(["-w", *names] if one.name == "workers" else names),
-                dest=one.name, type=_kind(one), default=None, metavar=_metavar(one), help=one.help.replace("%", "%%"),
+                *(["-w", *names] if setting.name == "workers" else names),
+                dest=setting.name, type=_reader(setting), default=None, metavar=_metavar(setting),
+                help=setting.help.replace("%", "%%"),
             )  # fmt: skip
     parser.add_argument(
         "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default: info"
@@ -143,26 +145,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _metavar(one: Setting) -> str:
-    if one.octal or one.name == "unix_group":
-        return "MODE" if one.octal else "GROUP"
-    return {"seconds": "SECONDS", "bytes": "BYTES"}.get(one.unit) or {object: "CLASS", str: "FILE"}.get(one.kind, "N")
+def _metavar(setting: Setting) -> str:
+    if setting.octal or setting.name == "unix_group":
+        return "MODE" if setting.octal else "GROUP"
+    if setting.unit:
+        return setting.unit.upper()
+    return {object: "CLASS", str: "FILE"}.get(setting.kind, "N")
 
 
-def _kind(one: Setting) -> Callable[[str], object]:
-    """Reads a flag's value; what is out of range is said in the words of the setting."""
+def _reader(setting: Setting) -> Callable[[str], object]:
+    """Reads a flag's value. The setting's own words say when that is out of range."""
 
     def read(text: str) -> object:
-        if one.kind in (object, str):
+        if setting.kind in (object, str):
             return text
         value: object = text
         number, factor = text, 1
-        if one.unit == "bytes" and text[-1:].upper() in _SUFFIXES:
+        if setting.unit == "bytes" and text[-1:].upper() in _SUFFIXES:
             number, factor = text[:-1], _SUFFIXES[text[-1].upper()]
         with contextlib.suppress(ValueError):
-            value = int(number, 8 if one.octal else 10) * factor if one.kind is int else float(number)
+            value = int(number, 8 if setting.octal else 10) * factor if setting.kind is int else float(number)
         try:
-            return one.check(value)
+            return setting.check(value)
         except OptionError as error:
             raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
@@ -170,7 +174,7 @@ def _kind(one: Setting) -> Callable[[str], object]:
 
 
 class _Version(argparse.Action):
-    """argparse's own wants the text at each start, and it takes 20 ms to find."""
+    """argparse's own needs the text at each start, which takes 20 ms to find."""
 
     def __call__(self, parser: argparse.ArgumentParser, *of_the_option: object) -> None:
         from importlib.metadata import PackageNotFoundError, version

@@ -204,7 +204,7 @@ class PreforkMixIn(Settings):
 
 def _declares(kind: type, name: str) -> type | None:
     """The class from which `kind` has an attribute."""
-    return next((one for one in kind.__mro__ if name in vars(one)), None)
+    return next((base for base in kind.__mro__ if name in vars(base)), None)
 
 
 if TYPE_CHECKING:

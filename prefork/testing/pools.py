@@ -6,14 +6,14 @@
         pool.kill_worker()
         pool.wait_ready()
 
-The end of the block is a test too: the pool stops by TERM, must exit with 0, leave no process behind and have logged
-no error beside those that the test brought about. Where it does not, or the block fails, the log is part of the
-report.
+The end of the block is a test, too: the pool is stopped by TERM, must exit with 0, leave no process behind, and have
+logged no error beside those that the test brought about. Where that fails, or the block, the report shows the log.
 
 With `pytest_plugins = ["prefork.testing"]` there is the fixture `prefork_pool`, called as `pool()` is; those pools end
 with the test. pytest is no dependency of this module.
 
-The pool is forked from the test's process, so that classes need not be importable. It dies with it, however that ends.
+The pool is forked from the test's process, so that classes need not be importable, and dies with that process, however
+it ends.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ import prefork.kernel.processes as processes
 import prefork.kernel.readiness as readiness
 import prefork.kernel.standard_streams as standard_streams
 import prefork.link.lifeline as lifeline
-import prefork.testing.process as testbed
+import prefork.testing.process as process
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ def pool(
     address
         Where to listen. Default: a free port of loopback, or a Unix path that is removed afterwards.
     timeout
-        Seconds for whatever is waited for: the pool's start and end, and each call of a method.
+        Seconds for each wait: for the pool's start and end, and in each call of a method.
     allow
         Patterns of errors in the log that are no fault.
     settings
@@ -118,8 +118,8 @@ class Pool:
         def main(unblock: Callable[[], None]) -> int:
             lifeline.arm(armed, main_thread=False)
             unblock()
-            testbed.prepare(self._directory, self._refuse)
-            return testbed.serve(lambda: testbed.make(serve, handler, address, settings, self._directory), tell)
+            process.prepare(self._directory, self._refuse)
+            return process.serve(lambda: process.make_servers(serve, handler, address, settings, self._directory), tell)
 
         try:
             self.pid = processes.fork(main, freeze=False)
@@ -138,13 +138,13 @@ class Pool:
 
     @property
     def log(self) -> str:
-        """What the pool has logged, and written to its standard error and output."""
+        """The log of the pool, with what it has written to its standard error and output."""
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
     @property
     def workers(self) -> list[int]:
         """The pids of the workers, ready or not."""
-        return sorted(one.pid for one in self._workers())
+        return sorted(worker.pid for worker in self._workers())
 
     def connect(self, timeout: float | None = None) -> socket.socket:
         """A client's socket, connected to the first server. `timeout`: of its calls; default: the pool's."""
@@ -163,11 +163,11 @@ class Pool:
         """The `number`th match of a regular expression in the log, once it is there."""
 
         def seen() -> re.Match[str] | None:
-            found = list(re.finditer(pattern, self.log))
-            if len(found) < number:
+            matches = list(re.finditer(pattern, self.log))
+            if len(matches) < number:
                 self._check_runs(f"logged {pattern!r}")
                 return None
-            return found[number - 1]
+            return matches[number - 1]
 
         return self._until(seen, f"the log has {pattern!r}")
 
@@ -177,9 +177,10 @@ class Pool:
 
         def settled() -> list[int] | None:
             self._check_runs("had its workers")
-            found = self._workers()
-            good = len(found) == number and not any(one.pid in gone for one in found)
-            return sorted(one.pid for one in found) if good and all(map(_is_ready, found)) else None
+            workers = self._workers()
+            pids = sorted(worker.pid for worker in workers)
+            is_settled = len(pids) == number and gone.isdisjoint(pids) and all(map(_is_ready, workers))
+            return pids if is_settled else None
 
         return self._until(settled, f"{number} workers are ready")
 
@@ -230,9 +231,9 @@ class Pool:
         self._allowed.append(pattern)
 
     def errors(self) -> list[str]:
-        """What the log has of errors and of tracebacks, beside those that are allowed."""
-        records = [one for one in _RECORD.split(self.log) if _WRONG.match(one)]
-        return [one.strip() for one in records if not any(re.search(pattern, one) for pattern in self._allowed)]
+        """The errors and tracebacks in the log, without those that are allowed."""
+        wrong = [record for record in _RECORD.split(self.log) if _WRONG.match(record)]
+        return [record.strip() for record in wrong if not any(re.search(each, record) for each in self._allowed)]
 
     def stop(self) -> int:
         """Stop it gracefully and wait for its end; the exit code."""
@@ -244,7 +245,7 @@ class Pool:
         return self.exit_code
 
     def check(self) -> None:
-        """Of one that has ended: that it ended well, left no process behind and logged no error."""
+        """Check, after its end, that the pool ended well, left no process behind and logged no error."""
         assert self.exit_code == 0, f"the pool exited with {self.exit_code}"
         self._until(lambda: not self._session(), "no process of the pool is left")
         wrong = self.errors()
@@ -258,9 +259,9 @@ class Pool:
             self.exit_code = -signal.SIGKILL
         deadline = time.monotonic() + self.timeout
         while (left := self._session()) and time.monotonic() < deadline:
-            for one in left:
+            for remnant in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    remnant.kill()
             time.sleep(0.005)
         self._child.release()
         private_fds.close([self._lifeline])
@@ -289,24 +290,24 @@ class Pool:
 
     def _workers(self) -> list[psutil.Process]:
         """Its living children, oldest first."""
-        found = []
+        workers = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            found = [one for one in psutil.Process(self.pid).children() if _is_alive(one)]
-        return sorted(found, key=lambda one: (one.create_time(), one.pid))
+            workers = [child for child in psutil.Process(self.pid).children() if _is_alive(child)]
+        return sorted(workers, key=lambda worker: (worker.create_time(), worker.pid))
 
     def _worker(self, pid: int | None) -> psutil.Process:
-        found = [one for one in self._workers() if pid is None or one.pid == pid]
-        assert found, "the pool has no worker" if pid is None else f"{pid} is no worker of the pool"
-        return found[0]
+        workers = [worker for worker in self._workers() if pid in (None, worker.pid)]
+        assert workers, "the pool has no worker" if pid is None else f"{pid} is no worker of the pool"
+        return workers[0]
 
     def _session(self) -> list[psutil.Process]:
         """The living processes that descend from the pool and have not left its session."""
-        found = []
+        members = []
         for pid in psutil.pids():
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if os.getsid(pid) == self.pid and _is_alive(one := psutil.Process(pid)):
-                    found.append(one)
-        return found
+                if os.getsid(pid) == self.pid and _is_alive(member := psutil.Process(pid)):
+                    members.append(member)
+        return members
 
     def _until(self, predicate: Callable[[], T | None], what: str) -> T:
         deadline = time.monotonic() + self.timeout
@@ -319,7 +320,7 @@ class Pool:
 
 
 def _status(process: psutil.Process) -> str | None:
-    """None once it was reaped, which may happen between any two looks at it."""
+    """None once the process was reaped, which may happen between any two looks at it."""
     try:
         return process.status() if process.is_running() else None
     except psutil.NoSuchProcess:
@@ -351,9 +352,9 @@ if "pytest" in sys.modules:
             pools = request.node.stash.setdefault(_POOLS, [])
 
             def start(*arguments: Any, **options: Any) -> Pool:
-                one = stack.enter_context(pool(*arguments, **options))
-                pools.append(one)
-                return one
+                running = stack.enter_context(pool(*arguments, **options))
+                pools.append(running)
+                return running
 
             yield start
 
@@ -362,5 +363,5 @@ if "pytest" in sys.modules:
         """A test that fails shows the logs of its pools."""
         report = yield
         if report.when == "call" and report.failed:
-            report.sections += [(f"log of the pool {one.pid}", one.log) for one in item.stash.get(_POOLS, [])]
+            report.sections += [(f"log of the pool {pool.pid}", pool.log) for pool in item.stash.get(_POOLS, [])]
         return report

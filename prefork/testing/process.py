@@ -28,8 +28,8 @@ def prepare(directory: Path, refuse: mmap.mmap) -> None:
     """Forget what the test's process has set up for itself. While `refuse[0]` is set, forks of the pool fail."""
     os.setsid()
     _redirect(directory / "log")
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     fork = processes.fork
 
     def refusing(main: Callable[[Callable[[], None]], int], *, freeze: bool = True) -> int:
@@ -41,7 +41,7 @@ def prepare(directory: Path, refuse: mmap.mmap) -> None:
 
 
 def _redirect(log: Path) -> None:
-    """Everything that is written goes to the log."""
+    """Send standard output, standard error and the loggers to the log; empty standard input."""
     null = os.open(os.devnull, os.O_RDONLY)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for fd, source in ((0, null), (1, file), (2, file)):
@@ -56,19 +56,19 @@ def _redirect(log: Path) -> None:
     logging.getLogger("prefork").setLevel(logging.INFO)
 
 
-def make(target: Any, handler: Any, address: Any, settings: dict[str, Any], directory: Path) -> list[Any]:
-    """The servers that `prefork.testing.pool()` was asked for, bound."""
+def make_servers(target: Any, handler: Any, address: Any, settings: dict[str, Any], directory: Path) -> list[Any]:
+    """The servers of `prefork.testing.pool()`, bound."""
     if isinstance(target, type) and issubclass(target, socketserver.BaseServer):
         bases = (target,) if issubclass(target, mixin.PreforkMixIn) else (mixin.PreforkMixIn, target)
         kind: Any = type(target.__name__, bases, settings)
         where = _default(kind.address_family, directory) if address is None else address
         return [kind(where, handler if handler is not None else kind.RequestHandlerClass)]
     where = _default(socket.AF_INET, directory) if address is None else address
-    made = target(where) if _takes_one(target) else target()
-    found = list(made) if isinstance(made, list | tuple) else [made]
+    returned = target(where) if _takes_argument(target) else target()
+    servers = list(returned) if isinstance(returned, list | tuple) else [returned]
     for name, value in settings.items():
-        setattr(found[0], name, value)
-    return found
+        setattr(servers[0], name, value)
+    return servers
 
 
 def _default(family: int, directory: Path) -> Any:
@@ -77,7 +77,7 @@ def _default(family: int, directory: Path) -> Any:
     return ("::1", 0) if family == socket.AF_INET6 else ("127.0.0.1", 0)
 
 
-def _takes_one(factory: Callable[..., Any]) -> bool:
+def _takes_argument(factory: Callable[..., Any]) -> bool:
     try:
         inspect.signature(factory).bind(None)
     except (TypeError, ValueError):
@@ -85,13 +85,13 @@ def _takes_one(factory: Callable[..., Any]) -> bool:
     return True
 
 
-def serve(build: Callable[[], list[Any]], tell: int) -> int:
-    """Serve until the pool is stopped; `tell` is told where. Returns the exit code."""
+def serve(make: Callable[[], list[Any]], tell: int) -> int:
+    """Serve until the pool is stopped. The address is written to the descriptor `tell`. Returns the exit code."""
     try:
-        servers = build()
+        servers = make()
         with contextlib.ExitStack() as stack:
-            for one in servers:
-                stack.callback(one.server_close)
+            for server in servers:
+                stack.callback(server.server_close)
             sock, address = servers[0].socket, servers[0].server_address
             where = os.fsdecode(address) if isinstance(address, bytes) else address
             os.write(tell, json.dumps([int(sock.family), int(sock.type), where]).encode())
