@@ -61,8 +61,9 @@ def run_pool(
     Failures
     --------
     A listener cannot be opened: its OSError, and nothing was forked. No worker of the first generation became ready:
-    BootError, and none is left. Anything else that is raised in the loop, such as KeyboardInterrupt, or by `began()`:
-    the workers are killed, collected, and it is raised again. What hooks raise is logged by the master.
+    BootError, and none is left. What fails in the loop, hooks included, is logged there, and the loop goes on. What is
+    no `Exception`, such as KeyboardInterrupt, and what `began()` raises: the workers are killed and collected, and it
+    is raised again.
 
     Parameters
     ----------
