@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import os
 import signal
-import socket
 import types
 from collections.abc import Callable, Sequence
 
@@ -19,10 +18,9 @@ import prefork.workers.lifecycle as lifecycle
 from prefork.command.addresses import BindAddress
 from prefork.command.program import FILE_SETTINGS, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.kernel.listener import Listener, describe
-from prefork.kernel.own_process import set_title
-from prefork.kernel.program_directory import ProgramDirectory
-from prefork.kernel.unix_path import real_path
+from prefork.kernel.import_path import Place
+from prefork.kernel.listener import describe
+from prefork.kernel.process import set_title
 from prefork.link.worker_context import WorkerContext
 from prefork.servers.runner import ServerHooks, run_pool
 from prefork.settings.settings import Options, Setting, declared
@@ -88,16 +86,13 @@ def _leave(signum: int, frame: types.FrameType | None) -> None:
 
 
 def _run(program: Program, options: Options) -> int:
-    claims = {claim.path: claim for claim in program.claims}
-    listeners = [Listener(sock, claim=claims.get(_path_of(sock))) for sock in program.sockets]
-
     def start(context: WorkerContext, unblock: Callable[[], None]) -> int:
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         return lifecycle.main(context, program.worker, unblock)
 
     set_title(f"prefork: master {program.target} {' '.join(map(describe, program.sockets))}")
     run_pool(
-        listeners,
+        program.listeners(),
         options,
         start,
         ServerHooks(()),  # the master has no program in it, so there is nothing to call
@@ -107,11 +102,6 @@ def _run(program: Program, options: Options) -> int:
     )
     log.info("stopped")
     return 0
-
-
-def _path_of(sock: socket.socket) -> str:
-    address = sock.getsockname()
-    return real_path(address) if isinstance(address, str) and address else ""
 
 
 def _parser() -> argparse.ArgumentParser:

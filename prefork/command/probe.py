@@ -4,7 +4,7 @@ A message is JSON behind its length, so that its end is known even while somethi
 the socket. The master takes it piece by piece and never waits for it. The last message is the answer; those before it
 name the Unix paths that the child has claimed, so that they are removed however it ends.
 
-After its answer the child ends by itself, as a Python process does, and has `FAREWELL` seconds for that. Until it is
+After its answer the child ends by itself, as a Python process does, and has `END_TIMEOUT` seconds for that. Until it is
 gone the master calls `collect()` from time to time. The child dies with the master (it has a lifeline).
 """
 
@@ -41,8 +41,8 @@ _COMMAND = os.path.dirname(__file__)  # frames of modules in it are no part of a
 LIMIT = 1 << 20  # bytes of an answer
 _LENGTH = struct.Struct("!I")
 _FDS = socket.CMSG_SPACE(253 * 4)
-FAREWELL = 2.0  # seconds that a child has for its end after its answer
-UNHEARD = 0.3  # the same without an answer, after it was told to leave
+END_TIMEOUT = 2.0  # seconds that a child has for its end after its answer
+ABANDON_TIMEOUT = 0.3  # the same without an answer, after it was told to leave
 
 
 class ProgramProbe:
@@ -54,14 +54,14 @@ class ProgramProbe:
         Runs in the child: returns the answer, and descriptors to go with it.
     timeout
         Seconds it may take.
-    use
+    make_options
         Makes the settings of a generation from the answer, for `result()`.
     """
 
-    def __init__(self, work: Work, timeout: float, use: Callable[[dict[str, Any]], Options]) -> None:
+    def __init__(self, work: Work, timeout: float, make_options: Callable[[dict[str, Any]], Options]) -> None:
         self.timeout = timeout
         self.deadline = time.monotonic() + timeout
-        self._use = use
+        self._make_options = make_options
         self._data = bytearray()
         self._size = 0  # of all that has come
         self._fds: list[int] = []
@@ -144,7 +144,7 @@ class ProgramProbe:
             if self._closed:
                 raise ProgramError("its import ended the process")
             raise ProgramError(f"it was not imported within {self.timeout:g} s (boot_timeout)")
-        self._leave(FAREWELL)
+        self._leave(END_TIMEOUT)
         if "error" in answer:
             raise _error(answer)
         self._claims.clear()  # they are the caller's now
@@ -152,10 +152,10 @@ class ProgramProbe:
         return answer, fds
 
     def result(self) -> Options | str:
-        """What `use` makes of the answer, or the reason why there is none. The child leaves, as after `finish()`."""
+        """The options of the new generation, or why there are none. The child is to leave, as after `finish()`."""
         try:
             answer, _ = self.finish()
-            return self._use(answer)
+            return self._make_options(answer)
         except (PreforkError, OSError) as error:
             return str(error)
 
@@ -164,7 +164,7 @@ class ProgramProbe:
         if self._answer is None:
             with contextlib.suppress(OSError):
                 self._child.send(signal.SIGTERM)
-        self._leave(UNHEARD)
+        self._leave(ABANDON_TIMEOUT)
 
     def _leave(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds

@@ -27,7 +27,7 @@ from prefork.command.adopt import binding, by_address, in_order
 from prefork.command.probe import ProgramProbe, Work
 from prefork.command.target import make_servers
 from prefork.errors import OptionError, ProgramError
-from prefork.kernel.program_directory import ProgramDirectory
+from prefork.kernel.listener import Claim, Listener
 from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
@@ -35,7 +35,7 @@ from prefork.workers.base import Worker
 log = logs.get("prefork")
 
 FILE_SETTINGS = ("unix_mode", "unix_group")  # they count when a socket's file is made, and never again
-SWEEP = 0.005  # seconds between two looks at a probe that is to end
+_SWEEP = 0.005  # seconds between two looks at a probe that is to end
 
 
 class Program:
@@ -58,7 +58,7 @@ class Program:
         self._worker_class = flags.get("worker_class")
         self._file_settings = {name: flags[name] for name in FILE_SETTINGS if name in flags}
         self.sockets: list[socket.socket] = []
-        self.claims: list[unix_path.Claim] = []
+        self._claims: list[Claim | None] = []  # of each socket
         self.settings: dict[str, object] = {}
         self._asked: list[object] = []  # the addresses as they were asked for, before the kernel chose a port
         self._probes: list[ProgramProbe] = []
@@ -83,14 +83,20 @@ class Program:
         except BaseException:
             probe.abandon()
             raise
-        number = len(answer["asked"])
-        self.claims = [
-            unix_path.Claim.take_over(path, tuple(file) if file else None, lock)
-            for (path, file), lock in zip(answer["claims"], fds[number:], strict=True)
-        ]
         self.settings, self._asked = answer["settings"], answer["asked"]
+        number = len(self._asked)
+        locks = iter(fds[number:])
+        for claim in answer["claims"]:
+            if claim is not None:
+                path, file = claim
+                claim = Claim.take_over(path, tuple(file) if file else None, next(locks))
+            self._claims.append(claim)
         self.sockets = [socket.socket(fileno=fd) for fd in fds[:number]]
         self._import(answer)
+
+    def listeners(self) -> list[Listener]:
+        """For the master: a listener for each socket."""
+        return [Listener(sock, claim=claim) for sock, claim in zip(self.sockets, self._claims, strict=True)]
 
     def probe(self, timeout: float) -> ProgramProbe:
         """Begin to try the program as it is now, without binding what is bound already."""
@@ -105,27 +111,27 @@ class Program:
         return worker_class.make_worker(kind, servers, context)
 
     def collect(self) -> float | None:
-        """Collect the probes that have ended. When to look again (of `time.monotonic()`); None: none is to end."""
+        """Collect the probes that have ended. Returns when to look again (`time.monotonic()`); None: none is to end."""
         now = time.monotonic()
         self._probes = [probe for probe in self._probes if not probe.collect(now)]
-        return now + SWEEP if any(probe.leaves for probe in self._probes) else None
+        return now + _SWEEP if any(probe.leaves for probe in self._probes) else None
 
     def close(self) -> None:
-        for claim in self.claims:
+        for claim in filter(None, self._claims):
             claim.release()
-        private_fds.close(sock.detach() for sock in self.sockets)
-        self.sockets, self.claims = [], []
+        processes.close(sock.detach() for sock in self.sockets)
+        self.sockets, self._claims = [], []
         for probe in self._probes:
             probe.abandon()
         while self.collect() is not None:
-            time.sleep(SWEEP)
+            time.sleep(_SWEEP)
 
     def _begin(self, work: Work, timeout: float) -> ProgramProbe:
-        probe = ProgramProbe(work, timeout, self._use)
+        probe = ProgramProbe(work, timeout, self._next_options)
         self._probes.append(probe)
         return probe
 
-    def _use(self, answer: Mapping[str, Any]) -> Options:
+    def _next_options(self, answer: Mapping[str, Any]) -> Options:
         """The settings of a new generation: the command's flags, and for the rest what the program says now."""
         options = self.options_of(answer["settings"])
         for name in FILE_SETTINGS:
@@ -135,7 +141,7 @@ class Program:
         return options
 
     def options_of(self, settings: Mapping[str, object]) -> Options:
-        """Of a generation, from what its program sets.
+        """The options of a generation whose program has these settings.
 
         Raises
         ------
@@ -186,7 +192,8 @@ class Program:
                     raise ProgramError(f"{self.target} binds a server that it does not return; no worker could have it")
                 if len(bound) != len(servers):
                     raise ProgramError(f"{self.target} returned a server that is not bound")
-                claims = [made._claim.hand_over() for made, _ in bound if getattr(made, "_claim", None) is not None]
+                claims = [getattr(made, "_claim", None) for made, _ in bound]
+                handed = [claim and claim.hand_over() for claim in claims]
                 settings = _settings_of(servers[0])
             except BaseException:
                 for made, _ in asked:  # or the path of a first address would outlive the failure of a second
@@ -194,11 +201,11 @@ class Program:
                         made.server_close()
                 raise
         # Their servers end with this function; the descriptors outlive them.
-        fds = [made.socket.detach() for made, _ in bound] + [lock for _, _, lock in claims]
+        fds = [made.socket.detach() for made, _ in bound] + [claim[2] for claim in handed if claim]
         answer = {
             "settings": settings,
             "asked": [address for _, address in bound],
-            "claims": [[path, file] for path, file, _ in claims],
+            "claims": [claim and claim[:2] for claim in handed],
             "modules": _own_modules(),
         }
         return answer, fds
