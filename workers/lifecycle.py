@@ -10,7 +10,9 @@ import sys
 import traceback
 import types
 import warnings
+from _thread import get_ident, start_new_thread
 from collections.abc import Callable
+from time import sleep
 from typing import Protocol
 
 import prefork.kernel.exit_handlers as exit_handlers
@@ -99,8 +101,9 @@ def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
 
     def leave(signum: int, frame: types.FrameType | None) -> None:
         if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-            # This may be a callback of a weak reference, which would swallow it: again, a bytecode later.
-            signal.raise_signal(signum)
+            # This may be a callback of a weak reference, which would swallow the exception. So the signal comes again
+            # from another thread, when the callback is over: here its handler would run before this one returns.
+            start_new_thread(_send_again, (get_ident(), signum))
         elif not told:
             told.append(signum)
             if (worker := life()) is not None:
@@ -111,6 +114,11 @@ def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
     for number in (signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, leave)
     return told
+
+
+def _send_again(thread: int, signum: int) -> None:
+    sleep(0.001)
+    signal.pthread_kill(thread, signum)
 
 
 def exit_code(left: SystemExit) -> int:

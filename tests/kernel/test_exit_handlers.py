@@ -298,6 +298,33 @@ def test_told_to_leave_before_it_is_ready(start: Start, notes: Notes, where: str
     program.finish()
 
 
+IN_CALLBACK = """
+if (HOME / "slow").exists():
+    class Lock: ...
+    text = "def cb(ref):\\n    note(f'boots {os.getpid()}')\\n    while not os.access('told', os.F_OK): pass"
+    exec(compile(text, "<frozen importlib._bootstrap>", "exec"))
+    lock = Lock()
+    ref = weakref.ref(lock, cb)
+    del lock
+    pass_gate("never")
+"""
+
+
+def test_told_to_leave_in_a_callback(start: Start, notes: Notes) -> None:
+    """An order that comes in a callback of the import system, which would swallow an exception, is obeyed after it."""
+    program = command(start, "app:Handler", "-w", 1, app=APP + "import weakref\n" + IN_CALLBACK).ready()
+    (first,) = program.wait_ready(1)
+    program.write("slow", "")
+    program.kill_workers(first)
+    booting = int(noted(notes, "boots")[0])
+    program.send(signal.SIGTERM, booting)
+    program.write("told", "")
+    (program.work / "slow").unlink()
+    program.wait_ready(1, without=[first, booting])
+    assert ends(notes, booting) == ["second", "first"]
+    program.finish()
+
+
 def test_a_boot_that_does_not_give_up_is_killed(start: Start, notes: Notes) -> None:
     """One that hears nothing of the order to leave does not delay a stop."""
     program = command(start, "app:Handler", "-w", 1, app=APP + SWALLOWING).ready()
