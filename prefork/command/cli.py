@@ -18,9 +18,9 @@ import prefork.workers.lifecycle as lifecycle
 from prefork.command.addresses import BindAddress
 from prefork.command.program import FILE_SETTINGS, Program
 from prefork.errors import OptionError, PreforkError, ProgramError
-from prefork.kernel.import_path import Place
 from prefork.kernel.listener import describe
-from prefork.kernel.process import set_title
+from prefork.kernel.own_process import set_title
+from prefork.kernel.program_directory import ProgramDirectory
 from prefork.link.worker_context import WorkerContext
 from prefork.servers.runner import ServerHooks, run_pool
 from prefork.settings.settings import Options, Setting, declared
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (PreforkError, OSError) as error:
             code = error.exit_code if isinstance(error, PreforkError) else 1
             text = f"{given.program}: {error}" if isinstance(error, ProgramError) else _text_of(error)
-            logs.write(f"prefork: error: {text}\n")
+            log_stderr.write(f"prefork: error: {text}\n")
             return code
         except KeyboardInterrupt:
             return 130

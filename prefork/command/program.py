@@ -19,7 +19,6 @@ import prefork.kernel.import_path as import_path
 import prefork.kernel.logs as logs
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.readiness as readiness
-import prefork.kernel.unix_path as unix_path
 import prefork.servers.preparation as preparation
 import prefork.servers.worker_class as worker_class
 from prefork.command.addresses import BindAddress, leaves_ipv4
@@ -27,7 +26,9 @@ from prefork.command.adopt import binding, by_address, in_order
 from prefork.command.probe import ProgramProbe, Work
 from prefork.command.target import make_servers
 from prefork.errors import OptionError, ProgramError
-from prefork.kernel.listener import Claim, Listener
+from prefork.kernel.listener import Listener
+from prefork.kernel.program_directory import ProgramDirectory
+from prefork.kernel.unix_path import Claim
 from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
@@ -119,7 +120,7 @@ class Program:
     def close(self) -> None:
         for claim in filter(None, self._claims):
             claim.release()
-        processes.close(sock.detach() for sock in self.sockets)
+        private_fds.close(sock.detach() for sock in self.sockets)
         self.sockets, self._claims = [], []
         for probe in self._probes:
             probe.abandon()

@@ -82,7 +82,7 @@ def attribute(names: dict[str, object], modules: dict[str, str], name: str) -> o
     """
     if name not in modules:
         raise AttributeError(f"module {names['__name__']!r} has no attribute {name!r}")
-    with Own():
+    with OwnImports():
         import importlib
 
         names[name] = getattr(importlib.import_module(modules[name]), name)
