@@ -1,20 +1,20 @@
 """The access log of the worker class `wsgi`: the combined format, one write per line.
 
-Each worker opens the file for itself and appends: lines of several workers do not mix. USR1 opens it again.
+Each worker opens the file and appends to it, so lines of several workers do not mix. USR1 opens it again.
 """
 
 import time
 
 from prefork.kernel.access_file import AccessFile
 from prefork.workers.wsgi.parser import Connection
-from prefork.workers.wsgi.response import Response
+from prefork.workers.wsgi.response import Exchange
 
-_LINE = 200  # characters of a first line that was refused
+_LINE = 200  # characters that are shown of a first line that was refused
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 34, 92, *range(127, 256))}
 
 
 class AccessLog:
-    """One line a request. `path`: a file, or `-` for standard output.
+    """One line a exchange. `path`: a file, or `-` for standard output.
 
     Raises
     ------
@@ -27,19 +27,19 @@ class AccessLog:
         self._second = 0
         self._when = ""
 
-    def write(self, connection: Connection, request: Response) -> None:
-        environ, peer = request.environ, connection.peer
+    def write(self, connection: Connection, exchange: Exchange) -> None:
+        environ, peer = exchange.environ, connection.peer
         host = peer[0] if isinstance(peer, tuple) else "-"
-        target = request.target.decode("latin-1").replace('"', "%22")
-        version = "HTTP/1.1" if request.http11 else "HTTP/1.0"
+        target = exchange.target.decode("latin-1").replace('"', "%22")
+        version = "HTTP/1.1" if exchange.http11 else "HTTP/1.0"
         referer, agent = _quoted(environ.get("HTTP_REFERER")), _quoted(environ.get("HTTP_USER_AGENT"))
         self._file.write(
-            f'{host} - - {self._time()} "{request.method} {target} {version}" {request.status[:3] or "-"} '
-            f'{request.sent} "{referer}" "{agent}"\n'
+            f'{host} - - {self._time()} "{exchange.method} {target} {version}" {exchange.status[:3] or "-"} '
+            f'{exchange.sent} "{referer}" "{agent}"\n'
         )
 
     def refuse(self, connection: Connection, size: int) -> None:
-        """One for what came to no request: its first line as far as it is known, and an answer of the server's own."""
+        """Write a line for bytes that made no request: its first line as far as known, and the server's own answer."""
         environ, peer = connection.head, connection.peer
         host = peer[0] if isinstance(peer, tuple) else "-"
         referer, agent = _quoted(environ.get("HTTP_REFERER")), _quoted(environ.get("HTTP_USER_AGENT"))

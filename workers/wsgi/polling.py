@@ -1,413 +1,289 @@
-"""A loop that waits for listeners and for connections from which a whole request has not come yet, in one epoll.
+"""The loop of a WSGI worker: one epoll waits for the listeners and for all connections without a complete request.
 
-So neither a client that idles between two requests nor one that is slow holds a worker. A request that is there is
-served at once, in the main thread (`threads` = 1, where `RequestTimeout` can interrupt it) or in one of several, which
-take turns at that epoll: `turns` has the rules.
+So neither a client that idles between two requests nor a slow one occupies the worker. A connection with a request is
+served at once: in the main thread (`threads` = 1, where `RequestTimeout` can interrupt it), or in one of several, of
+which one leads and waits in the epoll (`threads` has the rules).
 
-Connections are looked through for their deadlines twice a second, and only while there are any: that is cheaper than to
-order them anew at each request, and an idle worker does not wake up.
+The way of a request leads downward: `turn` waits, the connection's parser is fed, the worker's `serve` answers and
+returns what the connection waits for next, and the table `WaitingConnections` keeps it.
 """
 
 import contextlib
-import heapq
 import os
 import socket
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
-import prefork.kernel.host_port as host_port
-import prefork.kernel.logs as logs
-import prefork.kernel.readiness as readiness
-from prefork.kernel.unpatched import refuse_patched, select
-from prefork.link.worker_context import WorkerContext
-from prefork.workers.base import Worker
-from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS
-from prefork.workers.intake.balance import ASIDE, YIELD, ConnectionBalancer
-from prefork.workers.wsgi.parser import BODY, DONTWAIT, HEAD, IDLE, LINGER, READ, Connection, Limits, ListenerContext
-from prefork.workers.wsgi.response import Clock, refusal
-from prefork.workers.wsgi.threads import NEVER, LeaderFollowers
+import prefork.kernel.processes as processes
+from prefork.kernel.originals import select
+from prefork.settings.settings import Options
+from prefork.workers.intake.acceptor import PAUSE, Acceptor
+from prefork.workers.intake.balance import Accounts, ConnectionBalancer
+from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, Phase, WaitingConnections
+from prefork.workers.wsgi.accepting import Accepting
+from prefork.workers.wsgi.limits import DONTWAIT, READ, ListenerContext
+from prefork.workers.wsgi.parser import Connection
+from prefork.workers.wsgi.policy import Batch
+from prefork.workers.wsgi.threads import LeaderFollowers
 
-log = logs.get("prefork")
-
-_BATCH = 64  # events looked at between two looks at the clock
-_BRIEF = 0.0005  # seconds for each event of a turn, its wait included, up to which the next one may have a whole batch
 _LEAVING_TICK = 0.02
-_TURN = 8  # connections that a worker may take, serve and close before it looks at anything else
 
 
-class PollingWorker(Limits, Worker):
-    """Keeps connections until a request has come, and between two; a subclass says how one is served.
+class Host(Protocol):
+    """What the loop uses of its worker; the times are those of `Limits`."""
 
-    At `max_connections` connections that wait, the longest idle are closed, and where none is idle no more are
-    accepted: a client that reconnects costs less than one that is turned away.
+    TICK: float
+    LAST_WORD: float
+    FIRST_WORD: float
+    HEAD_TIMEOUT: float
+    BODY_TIMEOUT: float
+    LINGER: float
+
+    slot: int
+    threads: int
+    options: Options
+    draining: bool
+    quitting: bool
+
+    @property
+    def acceptor(self) -> Acceptor: ...
+
+    @property
+    def disowned(self) -> bool: ...
+
+    def finish(self) -> None: ...
+
+
+class PollingLoop:
+    """Accepts, reads, and keeps connections until a request has come and between two requests.
+
+    At `max_connections` waiting connections those that have idled longest are closed; where none idles no more are
+    accepted. A client that reconnects costs less than one that is turned away.
+
+    Parameters
+    ----------
+    contexts
+        The servers, with what the connections of each one's listener share.
+    serve
+        Answers the requests that a connection has ready. Returns what the connection waits for next; None: it is to be
+        closed. With threads any of them calls it.
+    refuse
+        Answers a connection that was not understood with its `fault`.
     """
 
-    SERVER = "prefork"  # the Server header; "": none
-    TICK = 0.5  # seconds between two looks at deadlines
-    LAST_WORD = 0.5  # seconds for which a leaving worker still expects a next request from a client, since the last one
-    FIRST_WORD = 2.0  # the same for a first request, since the connection
-
-    def site(self, server: Any) -> ListenerContext:
-        """What the connections of one listener share."""
-        raise NotImplementedError
-
-    def serve(self, connection: Connection) -> None:
-        """Answer what `connection.requests` has ready, the first of them and those that follow; then `park()` it, or
-        `close()` or `linger()`. Any thread may."""
-        raise NotImplementedError
-
-    # -- life ------------------------------------------------------------------------------------------------------
-
-    def __init__(self, servers: Sequence[Any], context: WorkerContext) -> None:
-        # Not in setup(), which belongs to subclasses.
-        super().__init__(servers, context)
-        self.threads = self.options.threads or 1
-        if self.threads > 1:
-            refuse_patched(("threading",), "wsgi with threads", "set threads to 1")
+    def __init__(
+        self,
+        worker: Host,
+        contexts: Mapping[Any, ListenerContext],
+        serve: Callable[[Connection], Phase | None],
+        refuse: Callable[[Connection], None],
+    ) -> None:
+        self._worker, self._contexts, self._answer, self._refuse = worker, contexts, serve, refuse
+        self._idle = worker.options.keepalive_timeout
+        patience = {IDLE: self._idle, HEAD: worker.HEAD_TIMEOUT, BODY: worker.BODY_TIMEOUT, LINGER: worker.LINGER}
+        # Those that wait or that a thread has.
+        self.connections: WaitingConnections[Connection]
+        self.connections = WaitingConnections(worker.options.max_connections, patience, worker.threads > 1)
+        self.followers = LeaderFollowers(worker, self) if worker.threads > 1 else None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._sites = {server: self.site(server) for server in self.servers}
-        self._connections: dict[int, Connection] = {}  # those that wait or that a thread has, by descriptor
-        self.clock = Clock(self.SERVER)
-        self._idle = self.options.keepalive_timeout
-        self._tick = min(self.TICK, max(0.02, self._idle / 4)) if self._idle else self.TICK
-        # How long a connection may be in a phase.
-        self._patience = {IDLE: self._idle, HEAD: self.HEAD_TIMEOUT, BODY: self.BODY_TIMEOUT, LINGER: self.LINGER}
-        self._tick_at = self._turned_at = 0.0
-        self._batch = 1
-        self._taken = 0
-        self._crowded = False  # whether more than one was found waiting the last time
-        self._resume_at = NEVER  # when to accept again
-        self._aside = -1  # the listener whose queue is left to siblings
+        self._tick = min(worker.TICK, max(0.02, self._idle / 4)) if self._idle else worker.TICK
+        self._tick_at = 0.0
+        self._batch = Batch()
         # Whether the application has forked: then a close alone does not end a connection, of which there are copies.
-        self._forked = False
-        os.register_at_fork(after_in_parent=self._has_forked)
-        # With threads.
-        self._turns = LeaderFollowers(self)
-        self._giving = threading.Lock()  # against a turn that looks at what is just given back, or closed
+        self._has_forked = False
+        os.register_at_fork(after_in_parent=self._note_fork)
 
-    def _has_forked(self) -> None:
-        self._forked = True
+    def _note_fork(self) -> None:
+        self._has_forked = True
 
-    def drain(self) -> None:
-        readiness.wake_reader(self._wake_read, self._wake_write)
-        self._turns.wake()
+    def wake(self) -> None:
+        """The worker is to leave. Called by a signal handler."""
+        processes.wake_reader(self._wake_read, self._wake_write)
+        if self.followers is not None:
+            self.followers.wake()
 
-    def prepare_to_accept(self) -> None:
-        super().prepare_to_accept()
+    def open(self) -> None:
+        """Make what is needed to wait."""
         self._epoll = select.epoll()
 
-    def run(self) -> None:
-        acceptor = self.acceptor
+    def run(self, accounts: Accounts) -> None:
+        """Serve until the worker is to leave, and then until every client has its answer."""
+        worker = self._worker
+        acceptor = self._acceptor = worker.acceptor
         self._listeners = set(acceptor.fds)
-        self._share = ConnectionBalancer(acceptor.fds, self.servers, self._requests)
-        for server, site in self._sites.items():
-            if site.verify is None:
+        balancer = ConnectionBalancer(acceptor.fds, list(self._contexts), accounts)
+        self.connections.open(self._epoll, balancer.hold)
+        self._accepting = Accepting(worker, self, self._epoll, balancer)
+        for server, context in self._contexts.items():
+            if context.verify is None:
                 acceptor.take_bare(server)
         with self._epoll:
             self._epoll.register(self._wake_read, select.EPOLLIN)
-            if self.draining:
-                self._resume_at = 0.0  # told before there was an acceptor, which then has put its listener away
-            else:
-                self._accept_again()
-            if self.threads > 1:
-                self._turns.run()
-            while not self.draining:
+            if not worker.draining:  # else the acceptor has put its listeners away
+                self._accepting.start()
+            if self.followers is not None:
+                self.followers.run()
+            while not worker.draining:
                 self.turn()
-            self._stop_accepting(NEVER)
-            if not self.quitting:
-                for fd in acceptor.fds:
-                    self._take_last(fd, acceptor.last_look())
-            self._see_out()
+            self._accepting.end()
+            self.see_out()
 
-    # -- the loop --------------------------------------------------------------------------------------------------
+    # -- a turn ----------------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Wait for whatever comes, and serve it, or hand it over.
-
-        A batch saves system calls, but whose next request comes just after one was fetched waits for that batch, and
-        then behind all others in the next. Where requests are long each is fetched alone: the kernel keeps their order.
-        """
-        connections, room = self._connections, self._batch
-        if self._resume_at == NEVER:
-            wait = self._tick if connections else -1.0
-        else:
-            wait = PAUSE if self._aside < 0 else ASIDE
-        if self.threads > 1:
-            room = self._turns.room
-            if wait < 0.0 and self._turns.busy:
+        """Wait for events, and serve the requests that they bring, or hand them over."""
+        connections, room = self.connections, self._batch.size
+        wait = self._accepting.wait or (self._tick if connections else -1.0)
+        if (followers := self.followers) is not None:
+            room = followers.room
+            if wait < 0.0 and followers.busy:
                 wait = self._tick
-        events: list[tuple[int, int]] = []
-        if room:
-            events = self._epoll.poll(wait, room)
-            for fd, _ in events:
-                connection = connections.get(fd)
-                if connection is not None:
-                    if connection.deadline < NEVER:
-                        self._read(connection)
-                    else:
-                        self._mute(connection)
-                elif fd in self._listeners:
-                    self._take(fd)
-                elif fd == self._wake_read and not os.read(fd, 64):
-                    self._epoll.unregister(fd)  # at its end it would wake this loop for ever
-        else:
-            self._turns.wait(wait)
+            if not room:
+                followers.wait(wait)
+        events: list[tuple[int, int]] = self._epoll.poll(wait, room) if room else []
+        for fd, _ in events:
+            connection = connections.get(fd)
+            if connection is not None:
+                if connection.in_service:
+                    connections.mute(connection)
+                else:
+                    self._read(connection)
+            elif fd in self._listeners:
+                self._accepting.accept(fd)
+            elif fd == self._wake_read and not os.read(fd, 64):
+                self._epoll.unregister(fd)  # the end of the pipe would wake this loop for ever
         if wait > 0.0:
             now = monotonic()
-            self._batch = _BATCH if now - self._turned_at < len(events) * _BRIEF else 1
-            self._turned_at = now
-            if now >= self._tick_at or self._aside >= 0:
+            self._batch.turned(now, len(events))
+            if now >= self._tick_at or self._accepting.is_yielded:
                 self.look()
 
     @property
     def pause(self) -> float:
         """Seconds between two looks at deadlines."""
-        return self._tick if self._resume_at == NEVER else PAUSE
+        return PAUSE if self._accepting.wait else self._tick
 
     def look(self) -> None:
-        """At deadlines, if it is time, and at a queue that is left to siblings."""
+        """Look at deadlines, if it is time, and at a queue that is left to siblings."""
         if (now := monotonic()) >= self._tick_at:
             self._tick_at = now + self.pause
-            for connection in [one for one in self._waiting() if one.deadline <= now]:
+            for connection in self.connections.late(now):
                 self._expire(connection)
-            room = self._aside < 0 and self._resume_at <= now
-            if room and (len(self._connections) < self.options.max_connections or self._close_idle()):
-                self._accept_again()
-        if self._aside >= 0 and not self._is_theirs(self._aside):
-            self._accept_again()
+            self._accepting.retry(now)
+        self._accepting.take_back()
 
-    def _take(self, fd: int) -> None:
-        """Take and serve what the listener has, as long as it has more and nobody else's turn has come.
+    # -- a connection ----------------------------------------------------------------------------------------------
 
-        To ask without having been told that somebody is there saves a poll where there is, a twentieth of what a short
-        connection costs, and costs twice as much where there is not: it is done while it succeeds, and tried at times.
-        """
-        try_take = self.acceptor.try_take
-        for number in range(1, _TURN + 1):
-            waiting = len(self._connections)
-            if waiting >= self.options.max_connections and not self._close_idle():
-                self._stop_accepting(0.0)
-                return
-            try:
-                taken = try_take(fd)
-            except OSError as error:
-                self._pause_if_full(error)
-                self._close_idle()
-                taken = None
-            if taken is None:
-                self._crowded = self._crowded and number == 1
-                break
-            self._welcome(*taken)
-            self._taken += 1
-            self._crowded = self._crowded or number > 1
-            # Who has got a connection to keep lets others have the next one. One that is over already leaves nothing
-            # to be fair about.
-            if len(self._connections) > waiting or self.draining or not (self._crowded or self._taken % _TURN == 0):
-                break
-        if self._resume_at < NEVER:
-            return
-        held = len(self._connections)
-        if held > waiting and self._is_theirs(fd):
-            self._stop_accepting(0.0, aside=fd)
-        elif held > waiting or number > 1:
-            try:
-                self.acceptor.step_back(self._epoll, fd)
-            except OSError as error:
-                self._pause_if_full(error)
-
-    def _pause_if_full(self, error: OSError) -> None:
-        if error.errno not in RESOURCE_ERRORS:
-            raise error
-        self.acceptor.say_full(error)
-        self._stop_accepting(monotonic() + PAUSE)
-
-    def _take_last(self, fd: int, number: int) -> None:
-        """What is queued when this worker is told to leave."""
-        for _ in range(number):
-            try:
-                taken = self.acceptor.try_take(fd)
-            except OSError:
-                return
-            if taken is None:
-                return
-            self._welcome(*taken)
-
-    def _stop_accepting(self, resume_at: float, aside: int = -1) -> None:
-        """Until then, if it has not stopped already."""
-        if self._resume_at == NEVER:
-            self.acceptor.poll_without(self._epoll)
-        self._resume_at, self._aside = resume_at, aside
-
-    def _is_theirs(self, fd: int) -> bool:
-        return self._share.whose(fd, len(self._connections), single=self.threads == 1) == YIELD
-
-    def _accept_again(self) -> None:
-        try:
-            self.acceptor.poll_with(self._epoll)
-        except OSError as error:
-            if error.errno not in RESOURCE_ERRORS:
-                raise
-            self.acceptor.say_full(error)
-            self._resume_at, self._aside = monotonic() + PAUSE, -1
-        else:
-            self._resume_at, self._aside = NEVER, -1
-
-    def _see_out(self) -> None:
-        """Nothing new is accepted any more: every client gets the answer to what it has sent, and is let go.
-
-        One that was active a moment ago may have sent its next request: it has a moment more. In a hurry nobody has:
-        whoever is not served at this moment is cut off.
-        """
-        self._tick, self._tick_at = _LEAVING_TICK, 0.0
-        with self._giving:
-            for one in list(self._connections.values()):
-                if one.phase == IDLE:
-                    one.deadline += self.LAST_WORD - self._idle if one.served else self.FIRST_WORD - self.HEAD_TIMEOUT
-                elif one.phase == LINGER:
-                    one.deadline += self.LAST_WORD - self.LINGER
-            self._patience |= {IDLE: self.LAST_WORD, LINGER: self.LAST_WORD}
-        self._wait_out()
-        while not self.quitting and self._given_back():
-            self._wait_out()
-
-    def _given_back(self) -> bool:
-        """Wait for what threads have in hand. Whether any connection was given back, whose last word it may not be."""
-        self._turns.wait_begun()
-        self.finish()
-        # A request is over before its thread has given its connection back; one that is late never is.
-        self._turns.wait_free(self.LAST_WORD)
-        return bool(self._waiting())
-
-    def _wait_out(self) -> None:
-        while waiting := self._waiting():
-            if self.quitting:
-                for connection in waiting:
-                    self.close(connection)
-            else:
-                self.turn()
-
-    # -- a connection that waits -----------------------------------------------------------------------------------
-
-    def _welcome(self, server: Any, sock: socket.socket, peer: Any) -> None:
+    def welcome(self, server: Any, sock: socket.socket, peer: Any) -> None:
         """A new connection. Its request is nearly always there, so it is read at once."""
-        site = self._sites[server]
-        if site.verify is not None and not self._is_welcome(server, sock, peer):
+        context = self._contexts[server]
+        if context.verify is not None and not _is_verified(server, sock, peer):
             sock.close()
             return
-        if sock.gettimeout() is not None:  # the program's default timeout, with which MSG_DONTWAIT waits all the same
+        if sock.gettimeout() is not None:  # the program's default timeout, for which MSG_DONTWAIT would wait
             sock.settimeout(None)
-        connection = Connection(site, sock, peer)
-        connection.deadline = monotonic() + self.HEAD_TIMEOUT
+        connection = Connection(context, sock, peer)
+        connection.deadline = monotonic() + self._worker.HEAD_TIMEOUT
         self._read(connection)
-
-    def _is_welcome(self, server: Any, sock: socket.socket, peer: Any) -> bool:
-        try:
-            return bool(server.verify_request(sock, peer))
-        except Exception:
-            server.handle_error(sock, peer)
-            return False
 
     def _read(self, connection: Connection) -> None:
         try:
             data = connection.sock.recv(READ, DONTWAIT)
         except BlockingIOError:
-            self.park(connection)
+            self._park(connection)
         except OSError:
             self.close(connection)
         else:
             self._receive(connection, data)
 
     def _receive(self, connection: Connection, data: bytes) -> None:
-        """Serve it, hand it over, or wait on: as much as has come of it allows."""
+        """Serve the connection, hand it over, or have it wait: as much as has come of its request allows."""
         if not data:
             self.close(connection)
             return
-        if connection.phase == LINGER:
-            self.park(connection)
+        if connection.phase is LINGER:
+            self._park(connection)
             return
         connection.feed(data)
         requests = connection.requests
         if requests and (requests[0].complete or requests[0].early):
-            if self.threads == 1:
-                self.serve(connection)
+            if self.followers is None:
+                self.settle(connection, self._answer(connection))  # as `serve()`, which costs one call more
             else:
                 if requests[0].keep:
-                    self._connections[connection.fd] = connection  # so a new one is among those that are shared out
-                self._turns.hand_over(connection)
+                    self.connections[connection.fd] = connection  # so that a new one counts when connections are shared
+                self.followers.hand_over(connection)
         elif connection.fault:
-            self.turn_away(connection)
+            self._turn_away(connection)
         elif requests:
-            self.park(connection, BODY if connection.phase != BODY else None)
-        elif connection.phase == IDLE and connection.served:
-            self.park(connection, HEAD)
+            self._park(connection, None if connection.phase is BODY else BODY)
+        elif connection.phase is IDLE and connection.served:
+            self._park(connection, HEAD)
         else:
             connection.phase = HEAD  # since the connection
-            self.park(connection)
+            self._park(connection)
 
-    def park(self, connection: Connection, phase: int | None = None) -> None:
-        """Wait for more of it: in a new phase, with its time, or (None) as before."""
-        if self.threads > 1:
-            self._give_back(connection, phase)
-            return
-        if phase is not None:
-            connection.phase, connection.deadline = phase, monotonic() + self._patience[phase]
-        if not connection.parked and not self._register(connection):
+    def serve(self, connection: Connection) -> None:
+        """Answer the requests that are ready."""
+        self.settle(connection, self._answer(connection))
+
+    def settle(self, connection: Connection, phase: Phase | None) -> None:
+        """After an answer: have the connection wait for this, or close it."""
+        if phase is None:
             self.close(connection)
+        elif phase is LINGER:
+            self._linger(connection)
+        elif connection.fault:
+            self._turn_away(connection)
+        else:
+            try:
+                self.connections.park(connection, phase)
+            except OSError as error:
+                self._close_for_want_of_room(connection, error)
 
-    def _register(self, connection: Connection) -> bool:
-        """Have the epoll wait for it. Whether it has room for one more; if not, this one is to end, and no other."""
-        connection.parked = True
-        self._connections[connection.fd] = connection
+    def _park(self, connection: Connection, phase: Phase | None = None) -> None:
         try:
-            self._epoll.register(connection.fd, select.EPOLLIN)
+            self.connections.park(connection, phase)
         except OSError as error:
-            self.acceptor.say_full(error, "wait for one more connection", "it is closed")
-            return False
-        return True
+            self._close_for_want_of_room(connection, error)
+
+    def _close_for_want_of_room(self, connection: Connection, error: OSError) -> None:
+        self._acceptor.say_full(error, "wait for one more connection", "it is closed")
+        self.close(connection)
 
     def _expire(self, connection: Connection) -> None:
-        """Its time is over, unless something has come that was not looked at yet."""
+        """The time of a connection is over, unless bytes have come that were not read yet."""
+        phase = connection.phase
         try:
             data = connection.sock.recv(READ, DONTWAIT)
         except BlockingIOError:
-            if connection.phase in (HEAD, BODY):
-                what = "head" if connection.phase == HEAD else "body"
-                connection.spoil(408, f"the {what} did not come within {self._patience[connection.phase]:g} s")
-                self.turn_away(connection)
+            if phase is HEAD or phase is BODY:
+                seconds = self.connections.patience[phase]
+                connection.spoil(408, f"the {phase.name.lower()} did not come within {seconds:g} s")
+                self._turn_away(connection)
             else:
                 self.close(connection)
         except OSError:
             self.close(connection)
         else:
-            if connection.phase == LINGER:
+            if phase is LINGER:
                 self.close(connection)
             else:
                 self._receive(connection, data)
 
-    def _close_idle(self) -> bool:
-        """Let go of a part of those that idle, the longest idle first. Whether there is room now."""
-        idle = [one for one in self._waiting() if one.phase == IDLE]
-        for one in heapq.nsmallest(1 + len(idle) // 16, idle, key=lambda one: one.deadline):
-            self._expire(one)
-        return len(self._connections) < self.options.max_connections
+    def close_idle(self) -> bool:
+        """Close a part of the idle connections. Returns whether there is room now."""
+        for connection in self.connections.longest_idle():
+            self._expire(connection)
+        return self.connections.has_room
 
-    def turn_away(self, connection: Connection) -> None:
-        """Answer what could not be understood with its `fault`, and no more on this connection."""
-        head, body = refusal(connection.fault, self.clock)
-        with contextlib.suppress(OSError):
-            connection.sock.send(head + body, DONTWAIT)
-        self.refused(connection, len(body))
-        self.linger(connection)
+    def _turn_away(self, connection: Connection) -> None:
+        self._refuse(connection)
+        self._linger(connection)
 
-    def refused(self, connection: Connection, size: int) -> None:
-        """It was told of its `fault`, with a body of this size. Say so, before another thread may have it."""
-        peer, reason = host_port.of_peer(connection.peer), connection.reason
-        log.info("worker %d: refused %d from %s: %s", self.slot, connection.fault, peer, reason)
-
-    def linger(self, connection: Connection) -> None:
-        """The answer is over; what the client still sends is read and forgotten, until it closes or its time is over.
+    def _linger(self, connection: Connection) -> None:
+        """The last answer was sent. Read and forget what the client still sends, until it closes or its time is over.
 
         A close with unread input would reset the connection, and the client might lose the answer.
         """
@@ -416,62 +292,59 @@ class PollingWorker(Limits, Worker):
         except OSError:
             self.close(connection)
         else:
-            self.park(connection, LINGER)
+            self._park(connection, LINGER)
 
     def close(self, connection: Connection) -> None:
-        if self.threads > 1:
-            with self._giving:
-                self._forget(connection)
-        elif connection.parked:
-            self._forget(connection)
-        if self._forked and not connection.broken:
+        self.connections.remove(connection)
+        if self._has_forked and not connection.broken:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
 
-    def _forget(self, connection: Connection) -> None:
-        if self._connections.pop(connection.fd, None) is not None:
-            self._share.hold(len(self._connections))
-            self._unpark(connection)
+    # -- leaving ---------------------------------------------------------------------------------------------------
 
-    def _unpark(self, connection: Connection) -> None:
-        if connection.parked:
-            try:
-                self._epoll.unregister(connection.fd)  # by hand, as it would stay where a forked process has a copy
-                connection.parked = False
-            except OSError:
-                pass  # it is not there; or it is reported again, or goes with its descriptor
+    def see_out(self) -> None:
+        """Accept no more. Every client gets the answer to what it has sent, and is let go.
 
-    # -- threads ---------------------------------------------------------------------------------------------------
+        A client that was active a moment ago may have sent its next request, so it has a moment more. A worker in a
+        hurry gives nobody a moment: a client that is not served now is cut off.
+        """
+        worker = self._worker
 
-    def _give_back(self, connection: Connection, phase: int | None) -> None:
-        """From the thread that had it to whoever has the turn, whose it is with the last step of this."""
-        deadline = connection.deadline if phase is None else monotonic() + self._patience[phase]
-        with self._giving:
-            if phase is not None:
-                connection.phase = phase
-            connection.deadline = deadline
-            kept = connection.parked or self._register(connection)
-            if not kept:
-                connection.deadline = NEVER  # it stays the thread's
-        if not kept:
-            self.close(connection)
+        def shift(connection: Connection) -> float:
+            if connection.phase is LINGER:
+                return worker.LAST_WORD - worker.LINGER
+            return worker.LAST_WORD - self._idle if connection.served else worker.FIRST_WORD - worker.HEAD_TIMEOUT
 
-    def _mute(self, connection: Connection) -> None:
-        """Something has come from one that a thread has: it is reported again when it has been given back."""
-        with self._giving:
-            if connection.deadline == NEVER:
-                self._unpark(connection)
+        self._tick, self._tick_at = _LEAVING_TICK, 0.0
+        self.connections.shorten({IDLE: worker.LAST_WORD, LINGER: worker.LAST_WORD}, shift)
+        self._wait_out()
+        while not worker.quitting and self._is_given_back():
+            self._wait_out()
 
-    def _waiting(self) -> list[Connection]:
-        """Those that nobody serves."""
-        with self._giving:
-            return [one for one in list(self._connections.values()) if one.deadline < NEVER]
+    def _is_given_back(self) -> bool:
+        """Wait for the requests in hand. Returns whether a thread gave a connection back, which may ask once more."""
+        if self.followers is not None:
+            self.followers.wait_begun()
+            self._worker.finish()
+            # A request is over before its thread gives the connection back. One that is late may never be over.
+            self.followers.wait_free(self._worker.LAST_WORD)
+        else:
+            self._worker.finish()
+        return bool(self.connections.waiting())
 
-    def begun(self, connection: Connection) -> None:
-        """A thread has its request in hand."""
-        self._turns.begin(connection)
+    def _wait_out(self) -> None:
+        while waiting := self.connections.waiting():
+            if self._worker.quitting:
+                for connection in waiting:
+                    self.close(connection)
+            else:
+                self.turn()
 
-    @property
-    def disowned(self) -> bool:
-        return self._disowned
+
+def _is_verified(server: Any, sock: socket.socket, peer: Any) -> bool:
+    try:
+        return bool(server.verify_request(sock, peer))
+    except Exception:
+        server.handle_error(sock, peer)
+        return False

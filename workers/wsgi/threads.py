@@ -1,31 +1,29 @@
-"""The threads of a polling worker: they take turns at its epoll, and nothing is handed to another thread that must not.
+"""The threads of a WSGI worker, after the pattern Leader/Followers: no connection changes threads without need.
 
-The turn
-    Is a lock. Who has it, and nobody else, reads the epoll, takes from listeners, reads from connections that wait and
-    looks at their deadlines. It is put down before a request is served, and taken up again afterwards, by the same
-    thread unless another one has it by then.
+The leader
+    Is the thread that holds `leader_lock`. It alone waits in the epoll, accepts, reads from connections that wait and
+    looks at their deadlines. It gives up the lead before it serves a request. Afterwards it takes the lead again, if no
+    other thread has it by then.
 A connection
-    Waits (its deadline is a time), and belongs to who has the turn. Or a request of it is there (its deadline is
-    NEVER): it is `due`, and then belongs to the thread that serves it, until that gives it back or closes it. What the
-    epoll reports of such a one takes it out of the epoll, and it comes back when it is given back. That is rare, so
-    mostly a request costs no epoll_ctl().
-A thread
-    Is free, and waits to be called; or serves what is due, or has the turn; it is free again when there is neither.
+    Waits, and belongs to the leader. Or it is `in_service`: a request of it is ready, and it belongs to the thread that
+    serves it, until that thread gives it back or closes it.
+A follower
+    Is a thread without a request, and waits to be promoted. The one that became free last is promoted first.
 The main thread
-    Is free for signals. It serves nothing, and sees to it that the turn does not lie about.
+    Is free for signals. It serves nothing, and makes sure that there is a leader.
 
-Somebody must take the turn while its owner is serving. Usually he calls a free thread before he begins: that costs two
-switches, and nobody waits for him. Where nearly all requests are short he does not: he is back at once, and a request
-costs hardly more than in a worker of one thread. Meanwhile the main thread looks every `PATIENCE` seconds: if no
-request has begun since its last look, one is long, and it calls a thread; so others wait for twice as long at most.
-(Threads that all wait in the epoll are woken by the kernel for each request that comes while another one is served, and
-then fight for the interpreter.) Where there is none to call, the worker accepts and reads nothing, and the kernel asks
-its siblings; the main thread sees to deadlines then.
+Some thread must lead while the leader serves. Usually it promotes a follower before it begins: this costs two switches,
+and no client waits for it. Where nearly all requests are short it keeps the lead instead, so that a request costs
+hardly more than in a worker of one thread; `policy.Lead` has the rules. Then the main thread looks every 2 ms: if no
+request has begun since its last look, one is long, and it promotes a follower. So other clients wait for twice as long
+at most. (If all threads waited in the epoll, the kernel would wake them for each request that comes while another one
+is served, and they would fight for the interpreter.) Where there is no follower the worker accepts and reads nothing,
+and the kernel asks its siblings; the main thread looks at deadlines then.
 
-When the worker leaves, the main thread takes the turn for good, and calls threads for what is due.
+When the worker leaves, the main thread leads until the end, and promotes followers for requests that are ready.
 
-What fails: an exception in serving is logged, and its thread goes on; what the turn raises (the program has closed the
-listener) ends the main thread's `run()`. A child that the application forks ends with the call that it was made in.
+An exception in serving is logged, and its thread goes on. An exception of the leader (the program has closed the
+listener) ends the main thread's `run()`. A child that the application forks ends with the call in which it was made.
 """
 
 import os
@@ -39,14 +37,13 @@ import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
 from prefork.workers.lifecycle import exit_code
 from prefork.workers.wsgi.parser import Connection
+from prefork.workers.wsgi.policy import Lead
 
 log = logs.get("prefork")
 
-NEVER = float("inf")
-
 
 class Host(Protocol):
-    """What is asked of the worker."""
+    """What the threads read of their worker."""
 
     slot: int
     threads: int
@@ -55,6 +52,10 @@ class Host(Protocol):
     @property
     def disowned(self) -> bool: ...
 
+
+class Loop(Protocol):
+    """What the threads run."""
+
     @property
     def pause(self) -> float:
         """Seconds between two looks at deadlines."""
@@ -62,77 +63,63 @@ class Host(Protocol):
     def serve(self, connection: Connection) -> None: ...
 
     def turn(self) -> None:
-        """Wait for whatever comes, look at deadlines, and `hand_over()` each connection that has a request."""
+        """Wait for events, look at deadlines, and `hand_over()` each connection that has a request."""
 
     def look(self) -> None:
-        """Look at deadlines alone."""
+        """Look at deadlines only."""
 
 
 class LeaderFollowers:
-    """Serves what its host's turns bring in `host.threads` threads."""
+    """Runs a loop, and serves the connections that it hands over, in `threads` threads."""
 
-    PATIENCE = 0.002  # seconds; a request is short if it takes less
-    # A long one, found while the turn was kept, costs others as much time as is saved at so many short ones.
-    WEIGHT = 300
-    IDLE = 5  # looks without a request, after which the main thread sleeps: it costs less than what it saves until then
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._turn = threading.Lock()
-        self._due: deque[Connection] = deque()
-        self._free: list[threading.Lock] = []  # what each waits for; who was the last to become free is called first
+    def __init__(self, host: Host, loop: Loop) -> None:
+        self._host, self._loop = host, loop
+        self._leader_lock = threading.Lock()
+        self._ready: deque[Connection] = deque()  # connections with a request, for which no thread is there yet
+        self._followers: list[threading.Lock] = []  # the lock for which each of them waits
+        self._lead = Lead()
         self._main_leads = False
-        self._begun = 0  # connections that a thread began to serve, roughly
-        self._credit = 0  # short requests, less WEIGHT for each long one
-        self._keeps = False  # whether a thread keeps the turn to itself; the main thread looks every PATIENCE seconds
-        self._stalled = False  # whether all are busy; it looks at deadlines
+        self._all_busy = False  # there is no follower to promote: the main thread looks at deadlines
         # For the main thread: None, there is something to look at; or an exception to leave with.
         self._news: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._unbegun: set[Connection] = set()  # of those with a request, which are not in hand yet
+        self._unbegun: set[Connection] = set()  # connections that were handed over, whose request is not accounted yet
 
     # -- the main thread -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Returns when the worker is to leave, with the turn in the hands of the main thread."""
+        """Returns when the worker is to leave. The main thread leads then."""
         for number in range(self._host.threads):
             threading.Thread(target=self._live, name=f"wsgi-{number}", daemon=True).start()
         while not self._host.draining:
-            if self._keeps:
+            if self._lead.is_kept:
                 self._watch()
-            elif not self.wait(self._host.pause if self._stalled else None):
-                self._look()
-        self._turn.acquire()
+            elif not self.wait(self._loop.pause if self._all_busy else None):
+                self._look_for_all()
+        self._leader_lock.acquire()
         self._main_leads = True
 
     def _watch(self) -> None:
-        """The thread that keeps the turn, until it is in a long request, or idles."""
-        idle = 0
-        while self._keeps and not self._host.draining:
-            begun = self._begun
-            self.wait(self.PATIENCE)
-            if number := self._begun - begun:
-                idle = 0
-                self._count(number)
-            elif not self._turn.locked():
-                self._keeps = False
-                self._count(-self.WEIGHT)
-                self._stalled = not self._call()
-            elif (idle := idle + 1) == self.IDLE:
-                self._keeps = False
-                self._credit = min(self._credit, 2 * self.WEIGHT - 20)
+        """While the leader keeps the lead: until it is in a long request, or no requests come."""
+        lead = self._lead
+        lead.watch()
+        while lead.is_kept and not self._host.draining:
+            self.wait(lead.SHORT)
+            if lead.look(not self._leader_lock.locked()):
+                self._all_busy = not self._promote()
 
-    def _look(self) -> None:
-        """In the place of the threads, which were all busy."""
-        self._stalled = False  # first: who finds nobody to call from here on says so
-        if self._turn.acquire(blocking=False):
+    def _look_for_all(self) -> None:
+        """Look at deadlines, when all threads were busy."""
+        self._all_busy = False  # first: a leader that finds no follower from here on says so
+        if self._leader_lock.acquire(blocking=False):
             try:
-                self._host.look()
+                self._loop.look()
             finally:
-                self._turn.release()
-            self._stalled = not self._call()
+                self._leader_lock.release()
+            self._all_busy = not self._promote()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """For news, which there are too when a thread has become free in a worker that leaves. Whether there were."""
+        """Wait for news, which in a worker that leaves include a thread that has become free. Returns whether there
+        were any."""
         try:
             error = self._news.get(timeout=seconds)
         except Empty:
@@ -142,11 +129,11 @@ class LeaderFollowers:
         return True
 
     def wake(self) -> None:
-        """From a signal handler, too."""
+        """End the main thread's wait. A signal handler may call this."""
         self._news.put(None)
 
     def wait_begun(self) -> None:
-        """Until all that were handed over are in hand."""
+        """Wait until the requests of all connections that were handed over are accounted."""
         while self._unbegun:
             self.wait()
 
@@ -155,96 +142,90 @@ class LeaderFollowers:
         while self.busy and (rest := end - monotonic()) > 0.0:
             self.wait(rest)
 
-    # -- who has the turn ------------------------------------------------------------------------------------------
+    # -- the leader ------------------------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
-        """How many requests the free threads have room for, with the one that has the turn."""
-        return len(self._free) + (not self._main_leads)
+        """The number of requests that the leader and the followers can serve."""
+        return len(self._followers) + (not self._main_leads)
 
     @property
     def busy(self) -> bool:
         """Whether any thread may give a connection back."""
-        return self.room < self._host.threads or bool(self._due)
+        return self.room < self._host.threads or bool(self._ready)
 
     def hand_over(self, connection: Connection) -> None:
-        """A request of it is there."""
-        connection.deadline = NEVER
+        """A request of this connection is ready."""
+        connection.in_service = True
         self._unbegun.add(connection)
-        self._due.append(connection)
+        self._ready.append(connection)
         if self._host.draining:
-            self._call()
+            self._promote()
 
     # -- any thread ------------------------------------------------------------------------------------------------
 
-    def begin(self, connection: Connection) -> None:
-        """It is in hand: `finish()` knows of it."""
+    def begun(self, connection: Connection) -> None:
+        """The request of this connection is accounted: `finish()` of the worker knows of it."""
         self._unbegun.discard(connection)
         if self._host.draining:
             self.wake()
 
-    def _call(self) -> bool:
-        """Whether there was a free one."""
+    def _promote(self) -> bool:
+        """Wake a follower. Returns whether there was one."""
         try:
-            self._free.pop().release()
+            self._followers.pop().release()
         except IndexError:
             return False
         return True
 
     def _live(self) -> None:
         """A thread's life."""
-        called = threading.Lock()
-        called.acquire()
+        promoted = threading.Lock()
+        promoted.acquire()
         try:
             while True:
-                self._free.append(called)
-                # Somebody may have looked for a free one just before.
-                if self._due or not (self._turn.locked() or self._host.draining):
-                    self._call()
+                self._followers.append(promoted)
+                # Another thread may have looked for a follower just before.
+                if self._ready or not (self._leader_lock.locked() or self._host.draining):
+                    self._promote()
                 if self._host.draining:
                     self.wake()
-                called.acquire()
+                promoted.acquire()
                 self._work()
         except BaseException as error:
             self._news.put(error)
 
     def _work(self) -> None:
-        """As long as something is due, or the turn is to be had."""
-        host, due, turn = self._host, self._due, self._turn
+        """Lead and serve, until no connection is ready and another thread leads."""
+        host, ready, leader_lock, lead = self._host, self._ready, self._leader_lock, self._lead
         while True:
-            if not due:
-                if host.draining or not turn.acquire(False):
+            if not ready:
+                if host.draining or not leader_lock.acquire(False):
                     return
                 try:
-                    if not host.draining:  # since the lock was asked for: then nothing would end the wait
-                        host.turn()
+                    if not host.draining:  # once more, now with the lock: nothing would end the wait
+                        self._loop.turn()
                 finally:
-                    turn.release()
+                    leader_lock.release()
             try:
-                connection = due.popleft()
+                connection = ready.popleft()
             except IndexError:
                 continue
-            self._begun += 1
-            if self._keeps:
+            lead.begun += 1
+            if lead.is_kept:
                 self._serve(connection)
                 continue
-            if (due or not turn.locked()) and not self._call() and not self._stalled:
-                self._stalled = True
+            if (ready or not leader_lock.locked()) and not self._promote() and not self._all_busy:
+                self._all_busy = True
                 self.wake()
             start = monotonic()
             self._serve(connection)
-            self._count(1 if monotonic() - start < self.PATIENCE else -self.WEIGHT)
-
-    def _count(self, requests: int) -> None:
-        """So many short ones, or that a long one weighs."""
-        self._credit = min(max(0, self._credit + requests), 10 * self.WEIGHT)
-        if self._credit >= 2 * self.WEIGHT and not self._keeps and requests > 0:
-            self._keeps = True
-            self.wake()
+            if lead.served(monotonic() - start):
+                self.wake()
 
     def _serve(self, connection: Connection) -> None:
         try:
-            self._host.serve(connection)
+            self._loop.serve(connection)
         except BaseException as error:
             if self._host.disowned:  # the end of a process that the application has forked: it has no other thread
                 standard_streams.flush()

@@ -1,6 +1,8 @@
 """The worker class `wsgi`: a WSGI application behind HTTP/1.1, as PEP 3333 has it.
 
-How it waits is in `polling`, what it understands in `http`, what it answers in `response`.
+The worker has a loop (`polling`), which has the table of waiting connections and feeds each connection's parser
+(`parser`). The worker answers the requests that are ready: `response` runs the application, and the worker's accounts
+are around it.
 """
 
 import contextlib
@@ -12,28 +14,25 @@ from io import BufferedReader, BytesIO
 from time import monotonic
 from typing import Any
 
+import prefork.kernel.host_port as host_port
 import prefork.kernel.logs as logs
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError, RequestTimeout
-from prefork.kernel.unpatched import select
+from prefork.kernel.originals import refuse_patched, select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.link.worker_context import WorkerContext
+from prefork.workers.base import Worker
+from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, Phase
 
 try:
     from prefork.workers.wsgi.access_log import AccessLog
-    from prefork.workers.wsgi.parser import (
-        BODY,
-        HEAD,
-        IDLE,
-        READ,
-        Body,
-        Connection,
-        ListenerContext,
-        Request,
-        server_name,
-    )
-    from prefork.workers.wsgi.polling import PollingWorker
-    from prefork.workers.wsgi.response import FileWrapper, Gone, Response
+    from prefork.workers.wsgi.body import Body
+    from prefork.workers.wsgi.file_wrapper import FileWrapper
+    from prefork.workers.wsgi.header_lines import Clock, refusal
+    from prefork.workers.wsgi.limits import DONTWAIT, READ, Limits, ListenerContext, server_name
+    from prefork.workers.wsgi.parser import Connection
+    from prefork.workers.wsgi.polling import PollingLoop
+    from prefork.workers.wsgi.response import Exchange, Gone
 except ModuleNotFoundError as error:
     if error.name != "httptools":
         raise
@@ -42,15 +41,16 @@ except ModuleNotFoundError as error:
 log = logs.get("prefork")
 
 
-class WSGIWorker(PollingWorker):
+class WSGIWorker(Limits, Worker):
     """Serves a WSGI application: `RequestHandlerClass` of the server, or NAME of the command.
 
-    What a client may do, and how long, are the class attributes of `Limits`, which a subclass may override.
+    The class attributes of `Limits` say what a client may do, and how long. A subclass may override them.
 
     Inherited by the fork: what the program made before it. A connection to a database belongs into `setup()`.
     """
 
     application = True
+    SERVER = "prefork"  # the Server header; "": none
 
     @classmethod
     def check(cls, server: Any) -> None:
@@ -68,14 +68,40 @@ class WSGIWorker(PollingWorker):
                 f"{type(server).__name__} overrides process_request(), which wsgi has no use for; set threads"
             )
 
+    # -- life ------------------------------------------------------------------------------------------------------
+
     def __init__(self, servers: Sequence[Any], context: WorkerContext) -> None:
+        # Not in setup(), which belongs to subclasses.
         super().__init__(servers, context)
+        self.threads = self.options.threads or 1
+        if self.threads > 1:
+            refuse_patched(("threading",), "wsgi with threads", "set threads to 1")
+        self.clock = Clock(self.SERVER)
+        contexts = {server: self._listener_context(server) for server in self.servers}
+        self._loop = PollingLoop(self, contexts, self._serve, self._refuse)
         self._access = AccessLog(self.options.access_log) if self.options.access_log else None
         self._count, self._spent = 0, 0.0  # requests, and seconds in them, of a thread that is the only one
+        # In a child that the application has forked: its parent's, which a collection would report as not closed.
+        self._inherited: Connection | None = None
         if self.threads == 1:
             self._ints, self._floats = self._requests.enter_fast_path()
 
-    def site(self, server: Any) -> ListenerContext:
+    def drain(self) -> None:
+        self._loop.wake()
+
+    def prepare_to_accept(self) -> None:
+        super().prepare_to_accept()
+        self._loop.open()
+
+    def run(self) -> None:
+        self._loop.run(self._requests)
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this process is a child that the application has forked, and no worker."""
+        return self._disowned
+
+    def _listener_context(self, server: Any) -> ListenerContext:
         address = server.socket.getsockname()
         name, port = server_name(address)
         if isinstance(address, tuple):
@@ -98,49 +124,48 @@ class WSGIWorker(PollingWorker):
             "REMOTE_ADDR": "",
         }
         keep = self.MAX_KEPT if self.options.keepalive_timeout else 0
-        make = Response.maker(self)
-        site = ListenerContext(server.RequestHandlerClass, base, self, self.options.max_body, keep, make)
-        site.verify = dispatch.verifier(server)
-        return site
+        context = ListenerContext(server.RequestHandlerClass, base, self, self.options.max_body, keep, self)
+        context.verify = dispatch.verifier(server)
+        return context
 
-    def serve(self, connection: Connection) -> None:
-        """Answer every request that is there. Then the connection waits, or is closed."""
-        requests: list[Any] = connection.requests
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def _serve(self, connection: Connection) -> Phase | None:
+        """Answer every request that is ready. Returns what the connection waits for then; None: it is to be closed."""
+        requests: list[Exchange] = connection.requests
         while True:
-            request: Response = requests.pop(0)
+            request = requests.pop(0)
             connection.served += 1
             plain = request.complete and not request.body
             request.environ["wsgi.input"] = BytesIO() if plain else self._input(connection, request)
             try:
                 if self._requests.fast_path_cells is None or not self._run_alone(connection, request):
                     with self.serving(connection.peer):
-                        self.begun(connection)
-                        request.run(connection.site.application)
+                        if (followers := self._loop.followers) is not None:
+                            followers.begun(connection)
+                        request.run(connection.listener.application)
             except BaseException as error:
+                if self._disowned:
+                    self._inherited = connection
                 self._failed(connection, request, error)
             if self._access:
                 self._log_access(self._access.write, connection, request)
             if self._disowned:
-                raise SystemExit  # a process that the application has forked shares with the worker what this waits for
+                self._inherited = connection
+                raise SystemExit  # this process is a child of the application, and shares what would be waited for
             if not request.kept:
-                self._let_go(connection, request)
-                return
+                return self._last_phase(connection, request)
             if not requests or not (requests[0].complete or requests[0].early):
-                break
-        if connection.fault:
-            self.turn_away(connection)
-        else:
-            self.park(connection, BODY if requests else HEAD if connection.environ is not None else IDLE)
+                return BODY if requests else HEAD if connection.environ is not None else IDLE
 
-    def _input(self, connection: Connection, request: Response) -> Any:
+    def _input(self, connection: Connection, request: Exchange) -> Any:
         """`wsgi.input` of a request with a body."""
         if request.complete:
             return BytesIO(b"".join(request.body))
         return BufferedReader(Body(connection, request, request.continue_), READ)
 
-    def _run_alone(self, connection: Connection, request: Response) -> bool:
-        """What `serving()` does, for a thread that has one request at a time and is the only one (as in `sync`). By an
-        `ActiveRequest` a short request costs 11 to 15 % more CPU.
+    def _run_alone(self, connection: Connection, request: Exchange) -> bool:
+        """What `serving()` does, for a thread that has one request at a time and is the only one (as in `sync`).
 
         A ValueError is the end of that; False: it had come before the request was begun.
         """
@@ -158,7 +183,7 @@ class WSGIWorker(PollingWorker):
                 board.ints[PEER_PORT] = connection.port
             else:
                 board.set_peer(connection.peer)
-            request.run(connection.site.application)
+            request.run(connection.listener.application)
         finally:
             try:
                 if timeout:
@@ -176,21 +201,30 @@ class WSGIWorker(PollingWorker):
                     self._look(count, end)
         return True
 
-    def refused(self, connection: Connection, size: int) -> None:
-        super().refused(connection, size)
+    def _refuse(self, connection: Connection) -> None:
+        """Answer what was not understood with the connection's `fault`."""
+        head, body = refusal(connection.fault, self.clock)
+        with contextlib.suppress(OSError):
+            connection.sock.send(head + body, DONTWAIT)
+        self._log_refusal(connection)
         if self._access:
-            self._log_access(self._access.refuse, connection, size)
+            self._log_access(self._access.refuse, connection, len(body))
 
-    def _log_access(self, write: Callable[..., None], *what: Any) -> None:
-        """Its failure is not the client's: a filter of the program, or what the application has left in the environ."""
+    def _log_refusal(self, connection: Connection) -> None:
+        peer, reason = host_port.of_peer(connection.peer), connection.reason
+        log.info("worker %d: refused %d from %s: %s", self.slot, connection.fault, peer, reason)
+
+    def _log_access(self, write: Callable[..., None], *arguments: Any) -> None:
+        """A failure of the access log is not the client's: a filter of the program may fail, or text that the
+        application has left in the environment."""
         try:
-            write(*what)
+            write(*arguments)
         except Exception:
             log.exception("worker %d: the access log has failed", self.slot)
 
-    def _failed(self, connection: Connection, request: Response, error: BaseException) -> None:
-        """It came to no answer: the client is told so if nothing was sent, and else by the connection's end. Or it
-        failed after its answer, which stays what it is."""
+    def _failed(self, connection: Connection, request: Exchange, error: BaseException) -> None:
+        """The application has failed. If nothing was sent the client gets an error, else the connection ends; an answer
+        that was complete before stays as it is."""
         if isinstance(error, Gone):
             return
         if not isinstance(error, Exception):
@@ -200,17 +234,17 @@ class WSGIWorker(PollingWorker):
                 self._tell(request, 500)
                 if self._access:
                     self._log_access(self._access.write, connection, request)
-                self._let_go(connection, request)
+                self._loop.settle(connection, self._last_phase(connection, request))
             raise error
         if connection.fault and not request.complete:
-            status = connection.fault  # it could not have its body
+            status = connection.fault  # the application could not have the body
             if not request.whole:
-                super().refused(connection, 0)
+                self._log_refusal(connection)
         else:
             status = 503 if isinstance(error, RequestTimeout) else 500
             when = "after its answer at" if request.whole else "at"
-            what = f"{request.method} {request.target.decode('latin-1')}"
-            log.error("worker %d: the application raised %s %s", self.slot, when, what, exc_info=error)
+            line = f"{request.method} {request.target.decode('latin-1')}"
+            log.error("worker %d: the application raised %s %s", self.slot, when, line, exc_info=error)
         if self._disowned:
             raise SystemExit(1)  # a process that the application has forked: the client is its parent's
         if not request.whole:
@@ -218,19 +252,18 @@ class WSGIWorker(PollingWorker):
             connection.broken = connection.broken or request.begun
             self._tell(request, status)
 
-    def _tell(self, request: Response, status: int) -> None:
+    def _tell(self, request: Exchange, status: int) -> None:
         if not request.begun:
             with contextlib.suppress(Gone):
                 request.fail(status)
 
-    def _let_go(self, connection: Connection, request: Request) -> None:
-        """After the last answer."""
+    def _last_phase(self, connection: Connection, request: Exchange) -> Phase | None:
+        """What the connection waits for after its last answer; None: it is to be closed."""
         if connection.broken:
-            # A mere end would look like that of the answer where nothing else tells its length.
+            # A plain end would look like the end of the answer where nothing else tells its length.
             with contextlib.suppress(OSError):
                 connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close(connection)
-        elif not request.keep and request.complete and not connection.requests and not connection.fault:
-            self.close(connection)  # as the client wanted it, who has nothing more to say
-        else:
-            self.linger(connection)
+            return None
+        if not request.keep and request.complete and not connection.requests and not connection.fault:
+            return None  # the client wants it closed, and has nothing more to say
+        return LINGER

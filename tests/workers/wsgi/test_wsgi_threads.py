@@ -15,7 +15,6 @@ import pytest
 from prefork.link.scoreboard import Scoreboard
 from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options
-from prefork.workers.wsgi.threads import NEVER
 from prefork.workers.wsgi.worker import WSGIWorker
 from support import Program, elapse, patterns
 from support.scripts import Notes, Start, launch, noted, path_of_modules
@@ -38,23 +37,26 @@ def serve(start: Start, *flags: object, app: str = "webapp:app", kind: str = "ws
 # Who idles is out of time as soon as there is a file `over`, and is noted once it was looked at.
 HASTY = """
 from kit import *
-from prefork.workers.wsgi.parser import IDLE
-from prefork.workers.wsgi.worker import WSGIWorker
+import prefork.workers.wsgi.worker as worker
+from prefork.workers.intake.waiting import IDLE
+from prefork.workers.wsgi.polling import PollingLoop
 
-class Hasty(WSGIWorker):
-    TICK = 0.02
-
-    def _waiting(self):
-        waiting = super()._waiting()
+class HastyLoop(PollingLoop):
+    def look(self):
         if (HOME / "over").exists():
-            for one in waiting:
+            for one in self.connections.waiting():
                 if one.phase == IDLE and one.served:
                     one.deadline = 0.0
-        return waiting
+        super().look()
 
     def _expire(self, connection):
         super()._expire(connection)
         note("expired")
+
+worker.PollingLoop = HastyLoop
+
+class Hasty(worker.WSGIWorker):
+    TICK = 0.02
 """
 
 
@@ -120,9 +122,10 @@ def test_an_upload_is_whole(start: Start, notes: Notes) -> None:
 # A worker that says when it is told to leave, and gives its clients time.
 LATE = """
 from kit import *
-from prefork.workers.wsgi.worker import WSGIWorker
+import prefork.workers.wsgi.worker as worker
+from prefork.workers.wsgi.polling import PollingLoop
 
-class Late(WSGIWorker):
+class Late(worker.WSGIWorker):
     LAST_WORD = 10.0
 
     def drain(self):
@@ -134,11 +137,13 @@ class Late(WSGIWorker):
 LATE_END = (
     LATE
     + """
-class LateEnd(Late):
-    def linger(self, connection):
+class LateLoop(PollingLoop):
+    def _linger(self, connection):
         note("answered")
         pass_gate("let-go")
-        super().linger(connection)
+        super()._linger(connection)
+
+worker.PollingLoop = LateLoop
 """
 )
 
@@ -146,7 +151,7 @@ class LateEnd(Late):
 def test_the_last_answer_arrives(start: Start, notes: Notes) -> None:
     """A worker that leaves ends no connection under the hands of a thread: where the next request has come already, a
     client that was answered sees the end of the stream, and no reset."""
-    program = serve(start, "--threads", 2, kind="late:LateEnd", files={"late.py": LATE_END})
+    program = serve(start, "--threads", 2, kind="late:Late", files={"late.py": LATE_END})
     with Web(program.address) as client:
         client.send(b"GET /gate/go HTTP/1.1\r\nHost: test\r\n\r\n")
         noted(notes, "begun")
@@ -168,12 +173,14 @@ def test_the_last_answer_arrives(start: Start, notes: Notes) -> None:
 LATE_RETURN = (
     LATE
     + """
-class LateReturn(Late):
-    def park(self, connection, phase=None):
+class LateLoop(PollingLoop):
+    def settle(self, connection, phase):
         if connection.served == 1:
             note("answered")
             pass_gate("let-go")
-        super().park(connection, phase)
+        super().settle(connection, phase)
+
+worker.PollingLoop = LateLoop
 """
 )
 
@@ -181,7 +188,7 @@ class LateReturn(Late):
 def test_the_next_answer_arrives(start: Start, notes: Notes) -> None:
     """A worker that leaves, and is given a connection back only after all its requests were over, answers the next one
     of that client, however long it takes."""
-    program = serve(start, "--threads", 2, kind="late:LateReturn", files={"late.py": LATE_RETURN})
+    program = serve(start, "--threads", 2, kind="late:Late", files={"late.py": LATE_RETURN})
     with Web(program.address) as client:
         assert client.get().status == 200
         noted(notes, "answered")
@@ -211,9 +218,9 @@ class Melting:
             self.among.popitem()
 
     @property
-    def deadline(self) -> float:
+    def in_service(self) -> bool:
         self.melt()
-        return NEVER
+        return True
 
     @property
     def phase(self) -> int:
@@ -231,16 +238,16 @@ def worker() -> Iterator[WSGIWorker]:
             [server], WorkerContext(0, 1, options, Scoreboard().slot(0), -1, uplink[1], b"a token.", True, "", 1)
         )
         yield one
-    for fd in (*uplink, one._wake_read, one._wake_write):
+    for fd in (*uplink, one._loop._wake_read, one._loop._wake_write):
         os.close(fd)
 
 
 @pytest.mark.parametrize("look", ["always", "at the end"])
 def test_connections_close_while_they_are_looked_through(worker: WSGIWorker, look: str) -> None:
     """A thread may close a connection at any moment, also while the main thread goes through all that wait."""
-    connections: Any = worker._connections
+    connections: Any = worker._loop.connections
     connections.update((number, Melting(connections)) for number in range(10))
-    (worker._waiting if look == "always" else worker._see_out)()
+    (connections.waiting if look == "always" else worker._loop.see_out)()
     assert len(connections) == 1
 
 
