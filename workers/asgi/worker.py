@@ -1,10 +1,10 @@
 """The shipped worker for ASGI applications: uvicorn's protocols in an event loop of the worker's own.
 
-A lifespan starts before the worker is ready, so that one that fails is a boot failure and the old generation serves on;
-it ends when nothing is in hand any more.
+A lifespan starts before the worker is ready. So one that fails is a boot failure, and the old generation serves on. It
+ends when no request is in hand any more.
 
-A worker that leaves closes no connection on which a request may be on its way: replies say that they are the last, and
-one that rests is closed when it has been silent for `linger` and nothing has arrived.
+A worker that leaves closes no connection on which a request may be on its way. Replies say that they are the last, and
+an idle connection is closed when it has been silent for `linger` seconds and nothing has arrived.
 """
 
 import asyncio
@@ -26,7 +26,8 @@ from prefork.workers.eventloop.listener_gate import ListenerGate
 from prefork.workers.intake.acceptor import RESOURCE_ERRORS
 
 try:
-    import prefork.workers.asgi.application as site
+    import prefork.workers.asgi.connections as connections
+    from prefork.workers.asgi.application import ASGIApplication
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("uvicorn"):
         raise
@@ -71,21 +72,24 @@ class ASGIWorker(LoopWorker):
         self._runner.run(self._start())
 
     async def _start(self) -> None:
-        self._connections = site.Connections(self.loop, lambda: self._gate.freed())
+        self._connections = connections.Connections(self.loop, lambda: self._gate.freed())
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sites: dict[int, site.ASGIApplication] = {}
+        self._applications: dict[int, ASGIApplication] = {}
         for server in self.servers:
             app = server.RequestHandlerClass
-            if id(app) not in self._sites:
-                made = site.ASGIApplication(app, self, self.uvicorn_options, self._accesses)
+            if id(app) not in self._applications:
+                made = ASGIApplication(app, self, self.uvicorn_options, self._accesses)
                 made.state.connections, made.state.tasks = self._connections, self._tasks
                 await made.lifespan.start()
-                self._sites[id(app)] = made
+                self._applications[id(app)] = made
 
     def prepare_to_accept(self) -> None:
-        self._opening = 0  # accepted, and not among the connections yet
-        self._handshakes: set[asyncio.Task[Any]] = set()  # of these, those that speak TLS
-        self._doors = {id(one): (self._sites[id(one.RequestHandlerClass)].protocol, bared(one)) for one in self.servers}
+        self._opening = 0  # sockets that were accepted, and are not among the connections yet
+        self._handshakes: set[asyncio.Task[Any]] = set()  # the tasks of those that speak TLS
+        self._openings = {
+            id(server): (self._applications[id(server.RequestHandlerClass)].protocol, bared(server))
+            for server in self.servers
+        }
         self._gate = ListenerGate(
             self.loop, self.acceptor, self.balancer, self._take, self._held, self.options.max_connections
         )
@@ -106,8 +110,8 @@ class ASGIWorker(LoopWorker):
         self._runner.close()
 
     async def _stop(self) -> None:
-        for one in self._sites.values():
-            await one.lifespan.stop()
+        for application in self._applications.values():
+            await application.lifespan.stop()
 
     async def _serve(self) -> None:
         try:
@@ -124,7 +128,7 @@ class ASGIWorker(LoopWorker):
         return len(self._connections) + self._opening
 
     def _take(self, fd: int) -> bool:
-        """One connection from a listener. Whether there was one."""
+        """Take a connection from a listener. Returns whether there was one."""
         taken = self.acceptor.try_take(fd)
         if taken is None:
             return False
@@ -137,7 +141,7 @@ class ASGIWorker(LoopWorker):
             server.handle_error(request, peer)
             server.shutdown_request(request)
             return True
-        protocol, tls = self._doors[id(server)]
+        protocol, tls = self._openings[id(server)]
         opening: Any = self.loop.connect_accepted_socket(protocol, request, **tls)
         self._opening += 1
         if tls:  # in a task, so that a handshake can be cancelled
@@ -149,8 +153,7 @@ class ASGIWorker(LoopWorker):
         return True
 
     def _go_on(self, request: socket.socket, opening: Any, waited: object = None) -> None:
-        """What a task would do for a coroutine that nobody cancels, for a third of the CPU and a turn of the loop
-        earlier."""
+        """Run a coroutine that nobody cancels like a task for a third of the CPU and a turn of the loop earlier."""
         try:
             future = opening.send(None)
         except StopIteration:
@@ -165,7 +168,7 @@ class ASGIWorker(LoopWorker):
                 future.add_done_callback(go_on)
             return
         self._opening -= 1
-        self._gate.freed()  # in any case: since it became a connection, which was before this, it counted twice
+        self._gate.freed()  # in any case: the connection has counted twice since it became one, which was before this
 
     def _shaken(self, request: socket.socket, task: "asyncio.Task[Any]") -> None:
         self._handshakes.discard(task)
@@ -177,10 +180,12 @@ class ASGIWorker(LoopWorker):
     # -- leaving ---------------------------------------------------------------------------------------------------
 
     async def _empty(self) -> None:
-        """Take what is to be taken, and have every connection end, none with a request on its way; in a hurry at once,
-        whatever is on its way."""
-        for one in self._sites.values():
-            one.closing = True
+        """Take what is to be taken, and have every connection end, none with a request on its way.
+
+        In a hurry all connections end at once, whatever is on its way.
+        """
+        for application in self._applications.values():
+            application.closing = True
         patience = self.options.graceful_timeout
         end = self._left_at + patience - min(self.farewell, patience / 10)
         told: set[Any] = set()
@@ -196,11 +201,14 @@ class ASGIWorker(LoopWorker):
                 return
             await asyncio.sleep(TURN)
         for connection in list(self._connections):
-            connection.transport.abort()  # to close it would wait for a client that is slow to take its last answer
+            connection.transport.abort()  # a close would wait for a client that is slow to take its last answer
 
     def _look_again(self) -> bool:
-        """No wake-up may be lost that the kernel gave to this worker alone, and when the whole pool stops the queue is
-        to be emptied. Whether something is left that must be taken."""
+        """Take from the queues once more. Returns whether connections are left that must be taken.
+
+        A wake-up that the kernel gave to this worker alone must not be lost, and when the whole pool stops the queue is
+        to be emptied.
+        """
         for fd in self.acceptor.fds:
             for _ in range(self.acceptor.last_look()):
                 if not self._gate.has_room():
@@ -216,27 +224,30 @@ class ASGIWorker(LoopWorker):
         return False
 
     def _dismiss(self, told: set[Any]) -> None:
-        """Have connections end that can."""
+        """End the connections that can end."""
         now, quiet = self.loop.time(), {}
-        for one in list(self._connections):
-            if site.is_websocket(one):
-                if one not in told and site.is_open_websocket(one):
-                    told.add(one)
-                    one.shutdown()  # 1012: the service restarts
-            elif not site.is_between(one):
-                one.shutdown()  # when it has replied
-            elif site.has_begun(one):
+        for connection in list(self._connections):
+            if connections.is_websocket(connection):
+                if connection not in told and connections.is_open_websocket(connection):
+                    told.add(connection)
+                    connection.shutdown()  # 1012: the service restarts
+            elif not connections.is_between(connection):
+                connection.shutdown()  # when it has replied
+            elif connections.has_begun(connection):
                 if monotonic() - self._left_at > max(self.linger, self.options.keepalive_timeout):
-                    one.shutdown()
-            elif site.silent_for(one, now) >= self.linger and (fd := site.descriptor(one)) >= 0:
-                quiet[fd] = one
-        for fd in readable(quiet):  # something has arrived, which the loop will find
+                    connection.shutdown()
+            elif (
+                connections.silent_for(connection, now) >= self.linger
+                and (fd := connections.descriptor(connection)) >= 0
+            ):
+                quiet[fd] = connection
+        for fd in readable(quiet):  # bytes have arrived, which the loop will find
             del quiet[fd]
-        for one in quiet.values():
-            one.shutdown()
+        for connection in quiet.values():
+            connection.shutdown()
 
     async def _give_up(self) -> None:
-        """The end of `graceful_timeout` is near: `finally` blocks, and the lifespan, shall still run."""
+        """`graceful_timeout` is nearly over: cancel the requests, so that `finally` and the lifespan still run."""
         log.warning("worker %d: requests in hand at the end of graceful_timeout: %d", self.slot, len(self._tasks))
         for task in self._tasks:
             task.cancel()
@@ -245,7 +256,7 @@ class ASGIWorker(LoopWorker):
 
 
 def readable(fds: Iterable[int]) -> set[int]:
-    """Those that have something, or an end, to be read."""
+    """The descriptors that have bytes, or an end, to be read."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
@@ -253,7 +264,7 @@ def readable(fds: Iterable[int]) -> set[int]:
 
 
 def check_application(app: Any) -> None:
-    """Raises OptionError for what is no ASGI application."""
+    """Raises OptionError for an object that is no ASGI application."""
     if isinstance(app, type) and issubclass(app, socketserver.BaseRequestHandler):
         raise OptionError(
             f"RequestHandlerClass: {app.__name__} is a handler of socketserver, no ASGI application; choose another "
