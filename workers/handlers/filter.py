@@ -1,15 +1,15 @@
-"""Connections whose request is not there yet: they wait here, in one epoll with the listeners, and hold no thread.
+"""Connections wait here for their request, in one epoll with the listeners, and occupy no thread.
 
 The idea is FreeBSD's, whose accept filters (accept_filter(9), accf_data, accf_http) keep a connection from accept()
-until its request has come. Here the handler class says when that is: `has_request(data)`, with what has come so far.
-That is looked at and left where it is (MSG_PEEK), so handlers know nothing of it. A look is due when more comes, and
-not for as long as there is something (EPOLLET): who looks without taking would spin.
+until its request has come. Here the handler class says when that is: `has_request(data)`, with all data so far. The
+filter peeks at the data and leaves it where it is (MSG_PEEK), so handlers know nothing of it. It looks when more comes,
+not as long as there is data (EPOLLET): a loop that looks without taking would spin.
 
-Whatever else ends the wait is for the handler too, who cannot be kept by it any more: the end of the stream, a reset, a
-request longer than can be looked at. Only time and want of room close a connection that no handler has seen.
+Whatever else ends the wait is for the handler too, and cannot occupy it for long: the end of the stream, a reset, a
+request longer than the filter can see. Only time and want of room close a connection that no handler has seen.
 
 One event is taken from the epoll at a time. The kernel keeps the others in their order, and for a listener among them
-it has asked a sibling as well, since nobody here waits at that moment.
+it has asked a sibling as well, because nobody here waits at that moment.
 """
 
 import contextlib
@@ -28,21 +28,22 @@ import prefork.kernel.logs as logs
 import prefork.kernel.readiness as readiness
 from prefork.errors import OptionError
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Accepted, Acceptor, Taker
+from prefork.workers.intake.waiting import HEAD, Phase, WaitingConnections
 
 log = logs.get("prefork")
 
 NAME = "has_request"
-LOOK = 16384  # bytes that are looked at; a request that fills them is left to the handler
-# Of a Unix stream less. Its client pays 768 bytes of its send buffer for each write that nobody took: after 70 of them
-# a poll does not call it writable any more, and the 279th blocks.
+LOOK = 16384  # bytes at which the filter looks; a request that fills them is left to the handler
+# Fewer bytes of a Unix stream. Its client pays 768 bytes of its send buffer for each write that was not taken: after 70
+# of them a poll does not call the stream writable any more, and the 279th write blocks.
 LOOK_LOCAL = 64
 _PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
-_MOMENT = 1.0  # seconds for which nobody is closed to make room: his request may be on its way
-_TICK = 0.05  # seconds between two looks of a leaving worker whether there is a hurry
+_MOMENT = 1.0  # seconds for which no connection is closed to make room: its request may be on its way
+_TICK = 0.05  # seconds after which a leaving worker looks whether it is in a hurry
 
 
 class Host(Taker, Protocol):
-    """What the filter asks of the worker it belongs to."""
+    """What the filter uses of its worker."""
 
     quitting: bool
 
@@ -52,20 +53,21 @@ class Host(Taker, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How to tell whether a request is there: what is asked, and about how many bytes at most."""
+    """How to tell whether a request is there: the handler's query, and how many bytes it is shown at most."""
 
     has_request: Callable[[bytes], object]
     most: int
 
 
 def check_of(server: Any) -> Check | None:
-    """What the server's handler class declares. None where it does not, or where there is nothing to look at: datagrams
-    come whole, and of TLS only the cipher could be seen.
+    """The check that the server's handler class declares; None where it declares none, or where nothing can be seen.
+
+    Datagrams come whole, and of TLS only the cipher could be seen.
 
     Raises
     ------
     OptionError
-        What it declares cannot be called without a handler.
+        The declared query cannot be called without a handler.
     """
     handler = getattr(server, "RequestHandlerClass", None)
     has_request = getattr(handler, NAME, None)
@@ -81,40 +83,46 @@ def check_of(server: Any) -> Check | None:
         return None
     if sock.family == socket.AF_UNIX:
         return Check(has_request, LOOK_LOCAL)
-    # What the kernel takes before it stops a client is half of the buffer or more, less for a window of small segments.
+    # Before the kernel stops a client it takes half of the buffer or more, less in a window of small segments.
     return Check(has_request, min(LOOK, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 4))
 
 
 def _declared(handler: Any) -> object:
-    """As it stands in the class: what a static method looks like from outside is what a method looks like, too."""
+    """The query as it stands in the class: from outside a static method looks like a method."""
     kinds = handler.__mro__ if isinstance(handler, type) else ()
     return next((vars(kind)[NAME] for kind in kinds if NAME in vars(kind)), None)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
+    """A connection in the table; only one thread at a time uses it."""
+
     taken: Accepted
     check: Check
-    since: float
+    fd: int
+    phase: Phase = HEAD
+    deadline: float = 0.0
+    parked: bool = False
+    in_service: bool = False
 
 
 class Filter:
     """The listeners of a worker with threads, and its connections that wait.
 
-    One thread at a time calls `take()`, which gives out what is for a handler. While none does, because all are busy,
-    nobody is accepted and no deadline is looked at: nobody could be served anyway.
+    One thread at a time calls `take()`, which returns the next connection for a handler. While all threads are busy
+    none calls it: no connection is accepted then and no deadline is looked at, because none could be served anyway.
 
     Parameters
     ----------
     limit
-        How many may wait. For one more the one that has waited longest is closed, which is never a client that is not
-        slow: where nobody has waited for more than a moment, further ones stay in the backlog.
+        How many connections may wait. For one more the one that has waited longest is closed, but only a slow one:
+        where none has waited for more than a moment, further clients stay in the backlog.
     patience
-        Seconds from the accept for which one may wait.
+        Seconds from the accept for which a connection may wait.
     last_word
         The same since the order to leave.
     failed
-        Is told the error where the program has closed a listener; the worker is to leave then.
+        Is called with the error where the program has closed a listener; the worker is to leave then.
     """
 
     def __init__(
@@ -129,14 +137,16 @@ class Filter:
         failed: Callable[[OSError], object],
     ) -> None:
         self._worker, self._acceptor, self._checks = worker, acceptor, checks
-        self._limit, self._patience, self._last_word, self._failed = limit, patience, last_word, failed
-        self._waiting: dict[int, _Waiting] = {}  # by descriptor, in the order of their deadlines
-        self._due = 0.0  # when the first of them is to be looked at; it may have been served by then
+        self._last_word, self._failed = last_word, failed
+        # All are in one phase, so the first has waited longest.
+        self._waiting: WaitingConnections[_Waiting] = WaitingConnections(limit, {HEAD: patience})
+        self._due = 0.0  # when to look at the first of them; it may have been served by then
         self._resume_at = 0.0  # when to accept again, or 0.0
-        self._until = math.inf  # all of them, once this worker leaves; not known yet when `draining` is seen first
-        self._looks: list[list[int]] | None = None  # which listeners a leaving worker still asks, and how often
+        self._until = math.inf  # the deadline of all, once this worker leaves; unknown when `draining` is seen first
+        self._looks: list[list[int]] | None = None  # the listeners that a leaving worker still asks, and how often
         self._listeners: frozenset[int] = frozenset()
         self._epoll = select.epoll()
+        self._waiting.open(self._epoll, events=select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
         if not worker.draining:  # else the listener may be gone
             self._epoll.register(worker.drain_fd, select.EPOLLIN)
             self._accept_again()
@@ -147,13 +157,13 @@ class Filter:
         self._until = monotonic() + self._last_word
 
     def take(self) -> Accepted | None:
-        """The next connection whose request is there, or what needs no check. None when this worker is to take no more.
+        """The next connection whose request is there, or which needs no check.
 
-        Nobody is left waiting by then.
+        None: this worker is to take no more, and no connection waits any more.
         """
         while not self._worker.draining:
-            if found := self._turn():
-                return found
+            if accepted := self._turn():
+                return accepted
         return self._take_last()
 
     def _turn(self) -> Accepted | None:
@@ -177,7 +187,7 @@ class Filter:
         return None
 
     def _take(self, fd: int) -> Accepted | None:
-        acceptor, found = self._acceptor, None
+        acceptor, accepted = self._acceptor, None
         try:
             taken = acceptor.try_take(fd)
         except OSError as error:
@@ -188,12 +198,12 @@ class Filter:
             return None
         try:
             if taken:
-                found = self._welcome(taken)
+                accepted = self._welcome(taken)
                 acceptor.step_back(self._epoll, fd)
-                if found is None and len(self._waiting) > self._limit:
-                    return self._make_room()  # not before: for this one nobody else was woken
+                if accepted is None and len(self._waiting) > self._waiting.limit:
+                    return self._make_room()  # not before: for this connection no other worker was woken
             elif len(self._listeners) > 1:
-                # Who was faster was perhaps woken for another listener, and nobody else will be for that one.
+                # The faster sibling was perhaps woken for another listener, and no other will be for that one.
                 acceptor.look_again(self._epoll)
         except OSError as error:
             if error.errno in RESOURCE_ERRORS:
@@ -201,7 +211,7 @@ class Filter:
                 self._pause()
             else:
                 self._end(error)
-        return found
+        return accepted
 
     def _end(self, error: OSError) -> None:
         """The program has closed a listener."""
@@ -237,23 +247,24 @@ class Filter:
         check = self._checks.get(server)
         if check is None or not _can_peek(request) or self._is_there(taken, check):
             return taken
-        now = monotonic()
+        waiting = _Waiting(taken, check, request.fileno())
+        is_first = not self._waiting
         try:
-            self._epoll.register(request.fileno(), select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+            self._waiting.park(waiting, HEAD)
         except OSError:  # more than the system lets anybody wait for
+            self._waiting.remove(waiting)
             return taken
-        if not self._waiting:
-            self._due = now + self._patience
-        self._waiting[request.fileno()] = _Waiting(taken, check, now)
+        if is_first:
+            self._due = waiting.deadline
         return None
 
     def _hear(self, fd: int, events: int) -> Accepted | None:
         """More has come, or the end."""
-        one = self._waiting[fd]
-        if events == select.EPOLLIN and not self._is_there(one.taken, one.check):
+        waiting = self._waiting[fd]
+        if events == select.EPOLLIN and not self._is_there(waiting.taken, waiting.check):
             return None
-        self._remove(fd)
-        return one.taken
+        self._waiting.remove(waiting)
+        return waiting.taken
 
     def _is_there(self, taken: Accepted, check: Check) -> bool:
         server, request, _ = taken
@@ -276,58 +287,55 @@ class Filter:
             return True
 
     def _expire(self, now: float) -> Accepted | None:
-        self._due = next(iter(self._waiting.values())).since + self._patience
+        self._due = self._waiting.first().deadline
         return self._drop_first() if self._due <= now else None
 
     def _first_is_old(self) -> bool:
-        first = next(iter(self._waiting.values()), None)
-        return first is not None and monotonic() - first.since >= _MOMENT
+        if not self._waiting:
+            return False
+        return self._waiting.first().deadline - self._waiting.patience[HEAD] + _MOMENT <= monotonic()
 
     def _drop_first(self) -> Accepted | None:
-        """Close the one that has waited longest, unless something has come that was not looked at yet."""
-        fd, one = next(iter(self._waiting.items()))
-        self._remove(fd)
-        server, request, peer = one.taken
-        if self._is_there(one.taken, one.check) or readiness.has_ended(fd):
-            return one.taken
+        """Close the connection that has waited longest, unless data has come at which the filter has not looked yet."""
+        first = self._waiting.first()
+        self._waiting.remove(first)
+        server, request, peer = first.taken
+        if self._is_there(first.taken, first.check) or processes.has_ended(first.fd):
+            return first.taken
         try:
             server.shutdown_request(request)
         except Exception:
             server.handle_error(request, peer)
         return None
 
-    def _remove(self, fd: int) -> None:
-        del self._waiting[fd]
-        self._unregister([fd])  # by hand, as it would stay where a forked process has a copy
-
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _take_last(self) -> Accepted | None:
-        """What is queued, and who waits: their requests may be on the way."""
+        """Take the queue, and what waits: their requests may be on the way."""
         if self._looks is None:
             # Alone, once: a wake-up that the kernel gave to this worker only must not be lost with it.
             self._looks = [[fd, sys.maxsize if self._worker.pool_drains else 1] for fd in self._acceptor.fds]
             self._unregister([*self._listeners, self._worker.drain_fd])
         while self._looks:
-            if found := self._look_last(self._looks):
-                return found
+            if accepted := self._look_last(self._looks):
+                return accepted
         while self._waiting:
             left = 0.0 if self._worker.quitting else self._until - monotonic()
             if left <= 0.0:
-                if found := self._drop_first():
-                    return found
+                if accepted := self._drop_first():
+                    return accepted
                 continue
             for fd, events in self._epoll.poll(min(left, _TICK), 1):
-                if fd in self._waiting and (found := self._hear(fd, events)):
-                    return found
+                if fd in self._waiting and (accepted := self._hear(fd, events)):
+                    return accepted
         return None
 
     def _look_last(self, looks: list[list[int]]) -> Accepted | None:
-        one = looks[-1]
-        one[1] -= 1
+        last = looks[-1]
+        last[1] -= 1
         taken = None
         try:
-            taken = self._acceptor.try_take(one[0]) if one[1] >= 0 else None
+            taken = self._acceptor.try_take(last[0]) if last[1] >= 0 else None
         except OSError as error:
             if error.errno in RESOURCE_ERRORS:
                 self._acceptor.say_full(error)
@@ -342,12 +350,12 @@ class Filter:
 
     def _unregister(self, fds: list[int]) -> None:
         for fd in fds:
-            with contextlib.suppress(OSError):  # one that is not there, or that the program has closed
+            with contextlib.suppress(OSError):  # it is not there, or the program has closed it
                 self._epoll.unregister(fd)
 
 
 def _can_peek(request: Any) -> bool:
-    """Whether this is a connection as the kernel made it; what an overridden get_request() returns may be anything."""
+    """Whether this is a connection as the kernel made it: an overridden get_request() may return anything."""
     return type(request) is socket.socket or (
         isinstance(request, socket.socket) and not hasattr(request, "do_handshake")
     )
