@@ -1,11 +1,10 @@
-"""uvicorn's protocols for HTTP/1.1, held to what the class `wsgi` holds its clients to where they let pass what a
-standard forbids.
+"""uvicorn's protocols for HTTP/1.1, made strict where they let pass what a standard forbids, as the class `wsgi` is.
 
-Each mend is at a place where uvicorn's own code asks for something: which application serves this head, which protocol
-a client may change to, what becomes of a header, of an error, of the bytes behind an upgrade. So a request that needs
-none of them costs a call more than in uvicorn.
+Each correction overrides a method or property that uvicorn's own code calls anyway: which application serves this head,
+which protocol a client may change to, what becomes of a header, of an error, of the bytes behind an upgrade. So a
+request that needs none of them costs one call more than in uvicorn.
 
-A head is refused by an application in the place of the program's, so that its answer waits for those before it.
+A head is refused by an application in the place of the program's, so that its answer waits for the answers before it.
 """
 
 import contextlib
@@ -29,8 +28,10 @@ _SLASH, _HASH = b"/#"  # numbers: to look for bytes in bytes takes 0.3 us
 
 
 def fault_of(method: str, version: str, target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
-    """The status with which a head is refused that a parser has let pass; 0: it is served. Names are in small
-    letters."""
+    """The status with which a head is refused that a parser has let pass; 0: it is served.
+
+    Names of headers are in small letters.
+    """
     if version not in ("1.0", "1.1"):
         return 505
     if method == "CONNECT":
@@ -67,22 +68,22 @@ REFUSALS = {status: refusal(status) for status in (400, 431, 501, 505)}
 
 def strict(protocol: Any) -> Any:
     """A subclass of one of uvicorn's two protocols for HTTP/1.1; any other class is returned as it is."""
-    for module, name, mend in (("h11_impl", "H11Protocol", _H11), ("httptools_impl", "HttpToolsProtocol", _HttpTools)):
-        # What is not imported is not what it derives from.
+    for module, name, rules in (("h11_impl", "H11Protocol", _H11), ("httptools_impl", "HttpToolsProtocol", _HttpTools)):
+        # A module that is not imported has no class from which the protocol could derive.
         base = getattr(sys.modules.get(f"uvicorn.protocols.http.{module}"), name, None)
         if base is not None and issubclass(protocol, base):
-            return type(protocol.__name__, (mend, protocol), {})
+            return type(protocol.__name__, (rules, protocol), {})
     return protocol
 
 
-_Protocol: Any = object  # beside one of uvicorn's, whose attributes are used
+_Protocol: Any = object  # each subclass is mixed into one of uvicorn's protocols, and uses its attributes
 
 
 class _Strict(_Protocol):  # type: ignore[misc]
-    """What both have in common.
+    """The rules that both protocols have in common.
 
-    `_incomplete`: the headers of a head that has come in part, or what stands for trailers; with a body of chunks also
-    `_body` and its `_length`, how far it had come; `_size`: bytes since then.
+    `_incomplete`: the headers of a head that has come in part, or the mark of trailers. With a body of chunks also
+    `_body` and the `_length` that it had. `_size`: bytes since then.
     """
 
     _application: Any = None
@@ -91,7 +92,7 @@ class _Strict(_Protocol):  # type: ignore[misc]
     _length = _size = 0
 
     def _target(self) -> bytes:
-        """What the request line asks for."""
+        """The target of the request line."""
         raise NotImplementedError
 
     def _fault(self) -> int:
@@ -100,7 +101,7 @@ class _Strict(_Protocol):  # type: ignore[misc]
 
     @property
     def app(self) -> Any:
-        """Who serves the request whose head is complete: uvicorn asks once for each."""
+        """The application for the request whose head is complete: uvicorn reads this once for each request."""
         if status := self._fault():
             return REFUSALS[status]
         if absolute := _ABSOLUTE.fullmatch(self._target()):
@@ -119,20 +120,21 @@ class _Strict(_Protocol):  # type: ignore[misc]
         scope["query_string"] = query or b""
 
     def _get_upgrade(self) -> Any:
-        """The wish for any other protocol than WebSockets is ignored, as is that of a client of HTTP/1.0 (RFC 9110,
-        7.8)."""
+        """Ignore the wish for any other protocol than WebSockets, and that of a client of HTTP/1.0 (RFC 9110, 7.8)."""
         wanted = super()._get_upgrade()
         return wanted if wanted == b"websocket" and self.scope["http_version"] == "1.1" and not self._fault() else None
 
     def handle_websocket_upgrade(self, *event: Any) -> None:
-        """A handshake that the parser for WebSockets gives up (with a body, with long headers) has an answer: uvicorn
-        leaves its client waiting."""
+        """Answer a handshake that the parser for WebSockets gives up (with a body, with long headers).
+
+        uvicorn leaves its client waiting.
+        """
         super().handle_websocket_upgrade(*event)
         if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
             self._answer(400)
 
     def _answer(self, status: int) -> None:
-        """Where there is no request that an application could answer."""
+        """Answer where there is no request that an application could answer."""
         phrase = HTTPStatus(status).phrase
         body = f"{phrase}\n"
         fields = [b"%b: %b\r\n" % field for field in self.server_state.default_headers]
@@ -158,7 +160,7 @@ class _H11(_Strict):
 
 
 class _Trailers:
-    """In the place of a list of headers: what comes behind a body is none of them (RFC 9110, 6.5.1)."""
+    """Takes the place of a list of headers: trailers behind a body are no headers (RFC 9110, 6.5.1)."""
 
     def append(self, field: object) -> None: ...
 
@@ -167,12 +169,12 @@ _TRAILERS = _Trailers()
 
 
 class _HttpTools(_Strict):
-    """`_told`: headers of this head that say more than a value. One is the rule: the one Host.
+    """`_told`: a count of the headers of this head that need a check. It is 1 in most heads: the one Host.
 
     `_complete`: the headers of the last head that was complete.
     """
 
-    # Beside the dictionary, which would have more than the 30 attributes whose places the interpreter shares.
+    # Slots, because the dictionary would have more than the 30 attributes whose places the interpreter shares.
     # Set by `ASGIApplication.protocol()`: a `connection_made()` for them alone costs a hundredth of a short connection.
     __slots__ = ("_complete", "_told")
     _complete: Any
@@ -206,7 +208,7 @@ class _HttpTools(_Strict):
     # -- bytes in --------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn's, apart from an upgrade that is not made and from what does not come to an end."""
+        """As uvicorn's, apart from an upgrade that is not made, and from heads and trailers without an end."""
         self._unset_keepalive_if_required()
         while True:
             try:
@@ -227,11 +229,11 @@ class _HttpTools(_Strict):
             self._measure(len(data))
 
     def _measure(self, size: int) -> None:
-        """A head has come in part, or a body comes in chunks."""
+        """A head has come in part, or a body comes in chunks: count its bytes."""
         body, length = None, 0
         if self.headers is _TRAILERS:
             if self.cycle.response_complete:
-                return  # nobody keeps what comes
+                return  # the bytes that come are not kept
             body, length = self.cycle.body, len(self.cycle.body)
         if self._incomplete is not self.headers or self._body is not body or self._length != length:
             self._incomplete, self._body, self._length, self._size = self.headers, body, length, 0
@@ -245,7 +247,7 @@ class _HttpTools(_Strict):
         """The message goes on as HTTP/1.1.
 
         The parser takes all that follows for the other protocol, the body too, and has said that the message is
-        complete. Another one, told by a head of its own how the body is delimited, goes on from there.
+        complete. So a new parser, which a head of its own tells how the body is delimited, goes on from there.
         """
         if self._get_upgrade() is not None:
             self.logger.warning("No library for WebSockets: the request is served as HTTP; pip install websockets")
@@ -260,11 +262,11 @@ class _HttpTools(_Strict):
         resumed.knows = True
 
     def send_400_response(self, msg: str, status: int = 400) -> None:
-        """After the answers that are due before it."""
+        """Send an error after the answers that are due before it."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             self._answer(status)
-        elif not cycle.more_body:  # what came behind a request: it is answered, and the connection ends
+        elif not cycle.more_body:  # bytes behind a request: the request is answered, and the connection ends
             cycle.keep_alive = False
         elif self.pipeline:
             self.pipeline[0] = cycle, REFUSALS[status]
@@ -276,7 +278,7 @@ class _HttpTools(_Strict):
     # -- the parser's callbacks ------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """As uvicorn's, and counts those that say more than a value."""
+        """As uvicorn's, and counts the headers that need a check."""
         name = name.lower()
         if name in _TELLING:
             if name == b"host":
@@ -291,13 +293,16 @@ class _HttpTools(_Strict):
         self.headers = _TRAILERS
 
     def on_chunk_complete(self) -> None:
-        """Of the last one: when its trailers have come."""
+        """Called for the last chunk when its trailers have come."""
         self.headers, self._told = self._complete, 0
 
 
 class _Resumed:
-    """What a parser tells that begins in the middle of a message: of that head which it is given for a start nothing,
-    until it `knows`, but that the message is complete, if there is no body."""
+    """The callbacks of a parser that begins in the middle of a message.
+
+    Until it `knows`, the callbacks of a head are dropped, because the parser is given a head that no client has sent.
+    The end of the message is not dropped, because there may be no body.
+    """
 
     knows = False
 
