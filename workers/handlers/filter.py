@@ -168,9 +168,9 @@ class Filter:
 
     def _turn(self) -> Accepted | None:
         wait = -1.0
-        if self._waiting or self._resume_at:
+        if self._waiting.by_fd or self._resume_at:
             now = monotonic()
-            if self._waiting:
+            if self._waiting.by_fd:
                 if now >= self._due:
                     return self._expire(now)
                 wait = self._due - now
@@ -180,7 +180,7 @@ class Filter:
                 if self._resume_at:
                     wait = PAUSE
         for fd, events in self._epoll.poll(wait, 1):
-            if fd in self._waiting:
+            if fd in self._waiting.by_fd:
                 return self._hear(fd, events)
             if fd in self._listeners:
                 return self._take(fd)
@@ -200,7 +200,7 @@ class Filter:
             if taken:
                 accepted = self._welcome(taken)
                 acceptor.step_back(self._epoll, fd)
-                if accepted is None and len(self._waiting) > self._waiting.limit:
+                if accepted is None and len(self._waiting.by_fd) > self._waiting.limit:
                     return self._make_room()  # not before: for this connection no other worker was woken
             elif len(self._listeners) > 1:
                 # The faster sibling was perhaps woken for another listener, and no other will be for that one.
@@ -248,7 +248,7 @@ class Filter:
         if check is None or not _can_peek(request) or self._is_there(taken, check):
             return taken
         waiting = _Waiting(taken, check, request.fileno())
-        is_first = not self._waiting
+        is_first = not self._waiting.by_fd
         try:
             self._waiting.park(waiting, HEAD)
         except OSError:  # more than the system lets anybody wait for
@@ -260,7 +260,7 @@ class Filter:
 
     def _hear(self, fd: int, events: int) -> Accepted | None:
         """More has come, or the end."""
-        waiting = self._waiting[fd]
+        waiting = self._waiting.by_fd[fd]
         if events == select.EPOLLIN and not self._is_there(waiting.taken, waiting.check):
             return None
         self._waiting.remove(waiting)
@@ -291,7 +291,7 @@ class Filter:
         return self._drop_first() if self._due <= now else None
 
     def _first_is_old(self) -> bool:
-        if not self._waiting:
+        if not self._waiting.by_fd:
             return False
         return self._waiting.first().deadline - self._waiting.patience[HEAD] + _MOMENT <= monotonic()
 
@@ -319,14 +319,14 @@ class Filter:
         while self._looks:
             if accepted := self._look_last(self._looks):
                 return accepted
-        while self._waiting:
+        while self._waiting.by_fd:
             left = 0.0 if self._worker.quitting else self._until - monotonic()
             if left <= 0.0:
                 if accepted := self._drop_first():
                     return accepted
                 continue
             for fd, events in self._epoll.poll(min(left, _TICK), 1):
-                if fd in self._waiting and (accepted := self._hear(fd, events)):
+                if fd in self._waiting.by_fd and (accepted := self._hear(fd, events)):
                     return accepted
         return None
 

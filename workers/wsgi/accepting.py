@@ -11,7 +11,7 @@ from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
 from prefork.workers.intake.balance import ASIDE, YIELD, ConnectionBalancer
 from prefork.workers.intake.waiting import WaitingConnections
 from prefork.workers.wsgi.parser import Connection
-from prefork.workers.wsgi.policy import Crowd
+from prefork.workers.wsgi.policy import TRIES, Crowd
 
 
 class Host(Protocol):
@@ -109,7 +109,7 @@ class Accepting:
             self.start()
 
     def _is_siblings(self, fd: int) -> bool:
-        return self._balancer.whose(fd, len(self._loop.connections), single=self._is_single) == YIELD
+        return self._balancer.whose(fd, len(self._loop.connections.by_fd), single=self._is_single) == YIELD
 
     def _pause_if_full(self, error: OSError) -> None:
         if error.errno not in RESOURCE_ERRORS:
@@ -121,10 +121,10 @@ class Accepting:
     def accept(self, fd: int) -> None:
         """Accept what a listener has queued, while the queue is this worker's; `Crowd` has the rules."""
         loop, crowd = self._loop, self._crowd
-        connections, try_take = loop.connections, self._acceptor.try_take
-        for number in range(1, Crowd.MOST + 1):
+        connections, limit, try_take = loop.connections.by_fd, loop.connections.limit, self._acceptor.try_take
+        for number in range(1, TRIES + 1):
             before = len(connections)
-            if before >= connections.limit and not loop.close_idle():
+            if before >= limit and not loop.close_idle():
                 self._retry_at = 0.0
                 self._stop(PAUSED)
                 return

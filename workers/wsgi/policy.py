@@ -1,7 +1,23 @@
 """Decisions of the polling loop and of its threads, made from times and counts that they are told.
 
-Pure: no clock, no thread, no descriptor. Each number that decides has its name here, and its reason.
+Pure: no clock, no thread, no descriptor. Each number that decides has its name here, and its reason. They are names of
+the module: the interpreter reads these several times faster than a class's.
 """
+
+# Batches
+MANY = 64  # events between two looks at the clock
+BRIEF = 0.0005  # seconds per event of a turn, its wait included, up to which the next turn may fetch many
+
+# Tries without a poll
+TRIES = 8  # connections that are accepted, served and closed before the loop looks at anything else
+
+# The lead
+SHORT = 0.002  # seconds; a request that takes less is short
+LONG = 300  # short requests that one long request outweighs
+ENOUGH = 2 * LONG  # the credit at which the leader keeps the lead
+MOST = 10 * LONG  # the most credit that there can be
+RETURN = 20  # short requests after which the lead is kept again, when it was given up because nobody asked
+LOOKS = 5  # without a request, after which the main thread sleeps: more looks would cost more than they save
 
 
 class Batch:
@@ -11,16 +27,13 @@ class Batch:
     last in the next one. So where requests are long each event is fetched alone: the kernel keeps their order.
     """
 
-    MANY = 64  # events between two looks at the clock
-    BRIEF = 0.0005  # seconds per event of a turn, its wait included, up to which the next turn may fetch many
-
     def __init__(self) -> None:
         self.size = 1
         self._turned_at = 0.0
 
     def turned(self, now: float, events: int) -> None:
         """A turn of the loop is over, in which so many events were handled."""
-        self.size = self.MANY if now - self._turned_at < events * self.BRIEF else 1
+        self.size = MANY if now - self._turned_at < events * BRIEF else 1
         self._turned_at = now
 
 
@@ -31,8 +44,6 @@ class Crowd:
     twice as much. So it is done while it succeeds, and tried at each eighth connection.
     """
 
-    MOST = 8  # connections that are accepted, served and closed before the loop looks at anything else
-
     def __init__(self) -> None:
         self._is_there = False  # more than one connection was queued the last time
         self._accepted = 0
@@ -41,7 +52,7 @@ class Crowd:
         """The connection with this number, from 1, was accepted after one event. Returns whether to try once more."""
         self._accepted += 1
         self._is_there = self._is_there or number > 1
-        return self._is_there or self._accepted % self.MOST == 0
+        return self._is_there or self._accepted % TRIES == 0
 
     def nobody(self, number: int) -> None:
         """There was no connection with this number."""
@@ -57,13 +68,6 @@ class Lead:
     clients as much time as many short ones have saved. So short requests earn a credit, and a long one costs `LONG`.
     """
 
-    SHORT = 0.002  # seconds; a request that takes less is short
-    LONG = 300  # short requests that one long request outweighs
-    ENOUGH = 2 * LONG  # the credit at which the leader keeps the lead
-    MOST = 10 * LONG
-    RETURN = 20  # short requests after which the lead is kept again, when it was given up because nobody asked
-    LOOKS = 5  # without a request, after which the main thread sleeps: more looks would cost more than they save
-
     def __init__(self) -> None:
         self.is_kept = False
         self.begun = 0  # requests, roughly: threads count without a lock
@@ -72,11 +76,11 @@ class Lead:
 
     def served(self, seconds: float) -> bool:
         """A request has taken so long. Returns whether the leader keeps the lead from now on: wake the main thread."""
-        if seconds >= self.SHORT:
-            self._count(-self.LONG)
+        if seconds >= SHORT:
+            self._count(-LONG)
             return False
         self._count(1)
-        if self.is_kept or self._credit < self.ENOUGH:
+        if self.is_kept or self._credit < ENOUGH:
             return False
         self.is_kept = True
         return True
@@ -93,14 +97,14 @@ class Lead:
             self._count(begun)
         elif lead_is_free:
             self.is_kept = False
-            self._count(-self.LONG)
+            self._count(-LONG)
             return True
         else:
             self._vain += 1
-            if self._vain == self.LOOKS:
+            if self._vain == LOOKS:
                 self.is_kept = False
-                self._credit = min(self._credit, self.ENOUGH - self.RETURN)
+                self._credit = min(self._credit, ENOUGH - RETURN)
         return False
 
     def _count(self, requests: int) -> None:
-        self._credit = min(max(0, self._credit + requests), self.MOST)
+        self._credit = min(max(0, self._credit + requests), MOST)

@@ -133,7 +133,7 @@ class PollingLoop:
 
     def turn(self) -> None:
         """Wait for events, and serve the requests that they bring, or hand them over."""
-        connections, room = self.connections, self._batch.size
+        connections, room = self.connections.by_fd, self._batch.size
         wait = self._accepting.wait or (self._tick if connections else -1.0)
         if (followers := self.followers) is not None:
             room = followers.room
@@ -146,7 +146,7 @@ class PollingLoop:
             connection = connections.get(fd)
             if connection is not None:
                 if connection.in_service:
-                    connections.mute(connection)
+                    self.connections.mute(connection)
                 else:
                     self._read(connection)
             elif fd in self._listeners:
@@ -188,17 +188,14 @@ class PollingLoop:
         self._read(connection)
 
     def _read(self, connection: Connection) -> None:
+        """Serve the connection, hand it over, or have it wait: as much as has come of its request allows."""
         try:
             data = connection.sock.recv(READ, DONTWAIT)
         except BlockingIOError:
             self._park(connection)
+            return
         except OSError:
-            self.close(connection)
-        else:
-            self._receive(connection, data)
-
-    def _receive(self, connection: Connection, data: bytes) -> None:
-        """Serve the connection, hand it over, or have it wait: as much as has come of its request allows."""
+            data = b""
         if not data:
             self.close(connection)
             return
@@ -212,7 +209,7 @@ class PollingLoop:
                 self.settle(connection, self._answer(connection))  # as `serve()`, which costs one call more
             else:
                 if requests[0].keep:
-                    self.connections[connection.fd] = connection  # so that a new one counts when connections are shared
+                    self.connections.by_fd[connection.fd] = connection  # a new one counts when they are shared out
                 self.followers.hand_over(connection)
         elif connection.fault:
             self._turn_away(connection)
@@ -255,22 +252,18 @@ class PollingLoop:
     def _expire(self, connection: Connection) -> None:
         """The time of a connection is over, unless bytes have come that were not read yet."""
         phase = connection.phase
-        try:
-            data = connection.sock.recv(READ, DONTWAIT)
-        except BlockingIOError:
-            if phase is HEAD or phase is BODY:
-                seconds = self.connections.patience[phase]
-                connection.spoil(408, f"the {phase.name.lower()} did not come within {seconds:g} s")
-                self._turn_away(connection)
-            else:
-                self.close(connection)
-        except OSError:
+        if phase is LINGER:
+            with contextlib.suppress(OSError):  # also BlockingIOError: there is nothing that would cause a reset
+                connection.sock.recv(READ, DONTWAIT)
+            self.close(connection)
+        elif processes.readable(connection.fd):
+            self._read(connection)
+        elif phase is IDLE:
             self.close(connection)
         else:
-            if phase is LINGER:
-                self.close(connection)
-            else:
-                self._receive(connection, data)
+            seconds = self.connections.patience[phase]
+            connection.spoil(408, f"the {phase.name.lower()} did not come within {seconds:g} s")
+            self._turn_away(connection)
 
     def close_idle(self) -> bool:
         """Close a part of the idle connections. Returns whether there is room now."""

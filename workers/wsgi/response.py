@@ -85,7 +85,6 @@ class Exchange:
     sent: int  # bytes of the body
     excess: bool  # the application gave more of it than its Content-Length
     whole: bool  # the kernel has all of it: nothing that goes wrong afterwards may undo it
-
     _client: Client
     _plain: bool
 
@@ -197,8 +196,7 @@ class Exchange:
         return self._bare or self.method == "HEAD"
 
     def _send_plain(self, data: bytes) -> bool:
-        """Send what nearly every answer is: one part, not large, with a head without anything special. Returns whether
-        it was such an answer."""
+        """Send the usual answer: one part, not large, under a plain head. Returns whether the answer was such a one."""
         if self.begun or type(data) is not bytes or (size := len(data)) > _JOIN:
             return False
         lines = self._lines
@@ -387,7 +385,9 @@ def make_exchange(
     """For a head that is complete: a request without a body. Where the head tells of one the parser changes that."""
     exchange = Exchange()
     exchange._client = client
-    exchange.environ, exchange.method, exchange.target = environ, method, target
+    exchange.environ = environ
+    exchange.method = method
+    exchange.target = target
     exchange.keep, exchange.http11 = keep, http11
     exchange.body, exchange.complete = NO_BODY, True
     exchange.begun = exchange.kept = exchange.whole = exchange._plain = False

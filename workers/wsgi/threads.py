@@ -37,7 +37,7 @@ import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
 from prefork.workers.lifecycle import exit_code
 from prefork.workers.wsgi.parser import Connection
-from prefork.workers.wsgi.policy import Lead
+from prefork.workers.wsgi.policy import SHORT, Lead
 
 log = logs.get("prefork")
 
@@ -103,7 +103,7 @@ class LeaderFollowers:
         lead = self._lead
         lead.watch()
         while lead.is_kept and not self._host.draining:
-            self.wait(lead.SHORT)
+            self.wait(SHORT)
             if lead.look(not self._leader_lock.locked()):
                 self._all_busy = not self._promote()
 

@@ -77,7 +77,7 @@ def test_a_parked_connection_is_heard(bench: Bench) -> None:
     assert bench.ready() == [first.fd]
     bench.table.remove(first)
     bench.table.remove(first)
-    assert (bench.ready(), list(bench.table.values()), bench.told) == ([], [second], [1])
+    assert (bench.ready(), list(bench.table.by_fd.values()), bench.told) == ([], [second], [1])
 
 
 def test_room(bench: Bench) -> None:
@@ -123,7 +123,7 @@ def test_an_epoll_without_room(bench: Bench) -> None:
     with pytest.raises(OSError):
         bench.table.park(connection, IDLE)
     bench.table.remove(connection)
-    assert not bench.table
+    assert not bench.table.by_fd
 
 
 def test_a_connection_in_service_is_muted() -> None:

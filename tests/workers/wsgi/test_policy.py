@@ -2,9 +2,9 @@
 
 import pytest
 
-from prefork.workers.wsgi.policy import Batch, Crowd, Lead
+from prefork.workers.wsgi.policy import LONG, MANY, RETURN, SHORT, Batch, Crowd, Lead
 
-SHORT, LONG = Lead.SHORT / 2, Lead.SHORT
+QUICK, SLOW = SHORT / 2, SHORT
 
 
 def test_a_first_turn_fetches_one_event() -> None:
@@ -14,7 +14,7 @@ def test_a_first_turn_fetches_one_event() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "events", "size"),
-    [(0.0, 0, 1), (0.0004, 1, Batch.MANY), (0.0005, 1, 1), (0.01, 32, Batch.MANY), (0.04, 64, 1)],
+    [(0.0, 0, 1), (0.0004, 1, MANY), (0.0005, 1, 1), (0.01, 32, MANY), (0.04, 64, 1)],
 )
 def test_many_events_after_brief_ones(seconds: float, events: int, size: int) -> None:
     """The next turn fetches many events if those of this one took less than half a millisecond each."""
@@ -27,7 +27,7 @@ def test_many_events_after_brief_ones(seconds: float, events: int, size: int) ->
 def test_long_requests_end_a_batch_of_many() -> None:
     """One turn of long requests is enough to fetch each event alone again."""
     batch = Batch()
-    for now, events, size in [(0.0001, 1, Batch.MANY), (0.0002, 1, Batch.MANY), (0.1, 8, 1)]:
+    for now, events, size in [(0.0001, 1, MANY), (0.0002, 1, MANY), (0.1, 8, 1)]:
         batch.turned(now, events)
         assert batch.size == size
 
@@ -53,7 +53,7 @@ def test_a_crowd_is_there_until_a_first_try_is_in_vain() -> None:
 def kept() -> Lead:
     """A lead that is kept."""
     lead = Lead()
-    while not lead.served(SHORT):
+    while not lead.served(QUICK):
         pass
     lead.watch()
     return lead
@@ -62,18 +62,18 @@ def kept() -> Lead:
 def test_the_lead_is_kept_after_many_short_requests() -> None:
     """The lead is kept once short requests outweigh two long ones, and the main thread is to be woken once."""
     lead = Lead()
-    answers = [lead.served(SHORT) for _ in range(2 * Lead.LONG + 5)]
-    assert (answers.index(True), answers.count(True), lead.is_kept) == (2 * Lead.LONG - 1, 1, True)
+    answers = [lead.served(QUICK) for _ in range(2 * LONG + 5)]
+    assert (answers.index(True), answers.count(True), lead.is_kept) == (2 * LONG - 1, 1, True)
 
 
 def test_a_long_request_outweighs_short_ones() -> None:
     """A long request costs as much credit as 300 short ones earn, and credit is never negative."""
     lead = Lead()
-    assert not any(lead.served(LONG) for _ in range(10))
-    assert not any(lead.served(SHORT) for _ in range(2 * Lead.LONG - 1))
-    assert not lead.served(LONG)
-    assert not any(lead.served(SHORT) for _ in range(Lead.LONG))
-    assert lead.served(SHORT)
+    assert not any(lead.served(SLOW) for _ in range(10))
+    assert not any(lead.served(QUICK) for _ in range(2 * LONG - 1))
+    assert not lead.served(SLOW)
+    assert not any(lead.served(QUICK) for _ in range(LONG))
+    assert lead.served(QUICK)
 
 
 def test_a_leader_in_a_long_request_is_found() -> None:
@@ -95,8 +95,8 @@ def test_the_main_thread_sleeps_where_nobody_asks() -> None:
         assert lead.is_kept
     assert not lead.look(lead_is_free=False)
     assert not lead.is_kept
-    answers = [lead.served(SHORT) for _ in range(Lead.RETURN)]
-    assert answers == [False] * (Lead.RETURN - 1) + [True]
+    answers = [lead.served(QUICK) for _ in range(RETURN)]
+    assert answers == [False] * (RETURN - 1) + [True]
 
 
 def test_credit_is_bounded() -> None:
@@ -107,5 +107,5 @@ def test_credit_is_bounded() -> None:
         lead.look(lead_is_free=False)
     for _ in range(9):
         lead.look(lead_is_free=True)
-    assert not any(lead.served(SHORT) for _ in range(Lead.LONG - 1))
-    assert lead.served(SHORT)
+    assert not any(lead.served(QUICK) for _ in range(LONG - 1))
+    assert lead.served(QUICK)

@@ -245,9 +245,9 @@ def worker() -> Iterator[WSGIWorker]:
 @pytest.mark.parametrize("look", ["always", "at the end"])
 def test_connections_close_while_they_are_looked_through(worker: WSGIWorker, look: str) -> None:
     """A thread may close a connection at any moment, also while the main thread goes through all that wait."""
-    connections: Any = worker._loop.connections
+    connections: Any = worker._loop.connections.by_fd
     connections.update((number, Melting(connections)) for number in range(10))
-    (connections.waiting if look == "always" else worker._loop.see_out)()
+    (worker._loop.connections.waiting if look == "always" else worker._loop.see_out)()
     assert len(connections) == 1
 
 
