@@ -36,7 +36,7 @@ Send = Callable[[Message], Awaitable[None]]
 log = logs.get("prefork")
 
 
-class Accounts(Protocol):
+class AccountingWorker(Protocol):
     """What an application uses of its worker."""
 
     options: Options
@@ -98,7 +98,7 @@ class ASGIApplication:
     """
 
     def __init__(
-        self, app: Any, worker: Accounts, given: Mapping[str, Any], accesses: access_file.AccessFile | None = None
+        self, app: Any, worker: AccountingWorker, given: Mapping[str, Any], accesses: logs.AccessFile | None = None
     ) -> None:
         options = worker.options
         logs.get("uvicorn.error")  # on which the protocols report exceptions of the application

@@ -28,7 +28,7 @@ import prefork.kernel.logs as logs
 import prefork.kernel.readiness as readiness
 from prefork.errors import OptionError
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Accepted, Acceptor, Taker
-from prefork.workers.intake.waiting import HEAD, Phase, WaitingConnections
+from prefork.workers.intake.waiting import HEAD, WaitingConnections, WaitPhase
 
 log = logs.get("prefork")
 
@@ -42,7 +42,7 @@ _MOMENT = 1.0  # seconds for which no connection is closed to make room: its req
 _TICK = 0.05  # seconds after which a leaving worker looks whether it is in a hurry
 
 
-class Host(Taker, Protocol):
+class FilteringWorker(Taker, Protocol):
     """What the filter uses of its worker."""
 
     quitting: bool
@@ -100,7 +100,7 @@ class _Waiting:
     taken: Accepted
     check: Check
     fd: int
-    phase: Phase = HEAD
+    phase: WaitPhase = HEAD
     deadline: float = 0.0
     parked: bool = False
     in_service: bool = False
@@ -127,7 +127,7 @@ class Filter:
 
     def __init__(
         self,
-        worker: Host,
+        worker: FilteringWorker,
         acceptor: Acceptor,
         checks: Mapping[Any, Check],
         *,

@@ -21,7 +21,7 @@ from typing import Generic, Protocol, TypeVar
 from prefork.kernel.originals import select
 
 
-class Phase(IntEnum):
+class WaitPhase(IntEnum):
     """What a connection waits for."""
 
     IDLE = 0  # the first byte of a request
@@ -30,14 +30,14 @@ class Phase(IntEnum):
     LINGER = 3  # the end of the client's stream, after the last answer
 
 
-IDLE, HEAD, BODY, LINGER = Phase  # a name of the module is read in a third of the time of an attribute of an enum
+IDLE, HEAD, BODY, LINGER = WaitPhase  # a name of the module is read in a third of the time of an attribute of an enum
 
 
 class Waits(Protocol):
     """A connection. `deadline` is on the monotonic clock; `parked`: the epoll waits for it."""
 
     fd: int
-    phase: Phase
+    phase: WaitPhase
     deadline: float
     parked: bool
     in_service: bool
@@ -59,12 +59,12 @@ class WaitingConnections(Generic[C]):
         Threads park and remove connections beside the owner.
     """
 
-    def __init__(self, limit: int, patience: dict[Phase, float], shared: bool = False) -> None:
+    def __init__(self, limit: int, patience: dict[WaitPhase, float], shared: bool = False) -> None:
         self.limit, self.patience, self._shared = limit, patience, shared
         self.by_fd: dict[int, C] = {}  # a plain one, for which the interpreter has faster instructions
         self._lock = threading.Lock()  # against an owner that looks at a connection which is just given back or closed
 
-    def open(self, epoll: "select.epoll", removed: Callable[[int], object] = int, events: int = 0) -> None:
+    def open(self, epoll: "select.epoll", removed: Callable[[int], object] | None = None, events: int = 0) -> None:
         """Wait by this epoll.
 
         Parameters
@@ -80,7 +80,7 @@ class WaitingConnections(Generic[C]):
     def has_room(self) -> bool:
         return len(self.by_fd) < self.limit
 
-    def park(self, connection: C, phase: Phase | None = None) -> None:
+    def park(self, connection: C, phase: WaitPhase | None = None) -> None:
         """Wait for more from this connection: in a new phase, with the time of that phase, or (None) as before.
 
         Raises
@@ -96,7 +96,7 @@ class WaitingConnections(Generic[C]):
         if not connection.parked:
             self._register(connection)
 
-    def _give_back(self, connection: C, phase: Phase | None) -> None:
+    def _give_back(self, connection: C, phase: WaitPhase | None) -> None:
         """The thread that had the connection gives it to the owner of the table, with the last step of this."""
         deadline = connection.deadline if phase is None else monotonic() + self.patience[phase]
         with self._lock:
@@ -128,7 +128,8 @@ class WaitingConnections(Generic[C]):
 
     def _remove(self, connection: C) -> None:
         if self.by_fd.pop(connection.fd, None) is not None:
-            self._removed(len(self.by_fd))
+            if self._removed is not None:
+                self._removed(len(self.by_fd))
             self._unpark(connection)
 
     def _unpark(self, connection: C) -> None:
@@ -140,7 +141,7 @@ class WaitingConnections(Generic[C]):
             except OSError:
                 pass  # it is not there; or it is reported again, or goes with its descriptor
 
-    def shorten(self, patience: dict[Phase, float], shift: Callable[[C], float]) -> None:
+    def shorten(self, patience: dict[WaitPhase, float], shift: Callable[[C], float]) -> None:
         """Change the time of these phases.
 
         Parameters

@@ -14,7 +14,7 @@ from prefork.workers.wsgi.parser import Connection
 from prefork.workers.wsgi.policy import TRIES, Crowd
 
 
-class Host(Protocol):
+class AcceptingWorker(Protocol):
     """What is used of the worker."""
 
     threads: int
@@ -25,7 +25,7 @@ class Host(Protocol):
     def acceptor(self) -> Acceptor: ...
 
 
-class Loop(Protocol):
+class AcceptingLoop(Protocol):
     """What is done with connections."""
 
     connections: WaitingConnections[Connection]
@@ -37,21 +37,21 @@ class Loop(Protocol):
         """Close idle connections. Returns whether there is room then."""
 
 
-class State(Enum):
+class IntakeState(Enum):
     OPEN = "the epoll waits for the listeners"
     YIELDED = "the queue of one listener is left to the siblings"
     PAUSED = "there is no room, here or in the system"
     CLOSED = "the worker leaves, or has not begun"
 
 
-OPEN, YIELDED, PAUSED, CLOSED = State  # a name of the module is read faster than an attribute of an enum
+OPEN, YIELDED, PAUSED, CLOSED = IntakeState  # a name of the module is read faster than an attribute of an enum
 _WAITS = {OPEN: 0.0, YIELDED: ASIDE, PAUSED: PAUSE, CLOSED: 0.0}
 
 
 class Accepting:
     """`wait`: seconds after which the loop has to look again, 0.0 where only an event of a listener matters."""
 
-    def __init__(self, worker: Host, loop: Loop, epoll: Any, balancer: ConnectionBalancer) -> None:
+    def __init__(self, worker: AcceptingWorker, loop: AcceptingLoop, epoll: Any, balancer: ConnectionBalancer) -> None:
         self._worker, self._loop, self._epoll, self._balancer = worker, loop, epoll, balancer
         self._acceptor, self._is_single = worker.acceptor, worker.threads == 1
         self._crowd = Crowd()
@@ -59,7 +59,7 @@ class Accepting:
         self._retry_at = 0.0  # when to accept again, while PAUSED
         self._become(CLOSED)
 
-    def _become(self, state: State) -> None:
+    def _become(self, state: IntakeState) -> None:
         self._state, self.wait, self.is_yielded = state, _WAITS[state], state is YIELDED
 
     def start(self) -> None:
@@ -74,7 +74,7 @@ class Accepting:
         else:
             self._become(OPEN)
 
-    def _stop(self, why: State) -> None:
+    def _stop(self, why: IntakeState) -> None:
         if self._state is OPEN:
             self._acceptor.poll_without(self._epoll)
         self._become(why)

@@ -6,24 +6,11 @@ This is the only place where a request waits for its client.
 import io
 import socket
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from prefork.kernel.originals import select
-from prefork.workers.wsgi.limits import DONTWAIT, READ, ListenerContext
+from prefork.workers.wsgi.limits import DONTWAIT, READ, Client
 from prefork.workers.wsgi.response import Exchange
-
-
-class Client(Protocol):
-    """What a body uses of its client."""
-
-    sock: socket.socket
-    listener: ListenerContext
-    fault: int
-    reason: str
-
-    def feed(self, data: bytes) -> None: ...
-
-    def spoil(self, status: int, reason: str) -> None: ...
 
 
 class Refused(OSError):

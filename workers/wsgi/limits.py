@@ -1,4 +1,4 @@
-"""The bounds of the worker class `wsgi`, and what the connections of one listener have in common.
+"""The bounds of the worker class `wsgi`, and what modules below the parser know of connections.
 
 Nothing here parses, sends or waits.
 """
@@ -36,7 +36,7 @@ class Limits:
     FIRST_WORD = 2.0  # the same for a first request, since the connection
 
 
-class Host(Protocol):
+class AnsweringWorker(Protocol):
     """What an answer reads of its worker: the Date, and whether the worker leaves."""
 
     clock: Clock
@@ -50,13 +50,11 @@ class ListenerContext:
     ----------
     base
         The keys of the environment that are the same for all requests.
-    host
-        The worker.
     keep
         How many requests a connection may have; none is kept with 0.
     """
 
-    __slots__ = ("application", "base", "host", "keep", "keys", "limits", "line", "max_body", "verify")
+    __slots__ = ("application", "base", "keep", "keys", "limits", "line", "max_body", "verify", "worker")
 
     def __init__(
         self,
@@ -65,14 +63,30 @@ class ListenerContext:
         limits: Limits,
         max_body: int,
         keep: int,
-        host: Host,
+        worker: AnsweringWorker,
     ) -> None:
         self.application, self.limits, self.max_body = application, limits, max_body or _UNLIMITED
-        self.keep, self.host = keep, host
+        self.keep, self.worker = keep, worker
         self.base = base | {"SERVER_PROTOCOL": "HTTP/1.1"}
         self.verify: Callable[[Any, Any], bool] | None = None
         # Beside its headers a request adds method, path, query, and its client's port.
         self.line, self.keys = limits.MAX_LINE, limits.MAX_FIELDS + len(self.base) + 4
+
+
+class Client(Protocol):
+    """What an answer, and the body of a request, use of their connection."""
+
+    sock: Any
+    fd: int
+    listener: ListenerContext
+    served: int
+    broken: bool
+    fault: int
+    reason: str
+
+    def feed(self, data: bytes) -> None: ...
+
+    def spoil(self, status: int, reason: str) -> None: ...
 
 
 def server_name(address: Any) -> tuple[str, str]:

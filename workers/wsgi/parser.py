@@ -18,7 +18,7 @@ import httptools
 
 from prefork.kernel.host_port import bracketed, host_port
 from prefork.link.scoreboard import host_and_port
-from prefork.workers.intake.waiting import IDLE, Phase
+from prefork.workers.intake.waiting import IDLE, WaitPhase
 from prefork.workers.wsgi.limits import ListenerContext, server_name
 from prefork.workers.wsgi.response import Exchange, make_exchange
 
@@ -67,7 +67,7 @@ class Connection:
         self.fd = sock.fileno()
         self.requests: list[Exchange] = []
         self.fault = self.served = self._head = self._repeated = self._seen = 0
-        self.phase: Phase = IDLE
+        self.phase: WaitPhase = IDLE
         self.deadline = 0.0
         self.broken = self.parked = self.in_service = self._replaying = self._switches = self._tells = False
         self.environ: dict[str, Any] | None = None

@@ -16,21 +16,21 @@ from time import monotonic
 from typing import Any, Protocol
 
 import prefork.kernel.processes as processes
+import prefork.workers.wsgi.accepting as accepting
+import prefork.workers.wsgi.threads as threads
 from prefork.kernel.originals import select
 from prefork.settings.settings import Options
-from prefork.workers.intake.acceptor import PAUSE, Acceptor
+from prefork.workers.intake.acceptor import PAUSE
 from prefork.workers.intake.balance import Accounts, ConnectionBalancer
-from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, Phase, WaitingConnections
-from prefork.workers.wsgi.accepting import Accepting
+from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, WaitingConnections, WaitPhase
 from prefork.workers.wsgi.limits import DONTWAIT, READ, ListenerContext
 from prefork.workers.wsgi.parser import Connection
 from prefork.workers.wsgi.policy import Batch
-from prefork.workers.wsgi.threads import LeaderFollowers
 
 _LEAVING_TICK = 0.02
 
 
-class Host(Protocol):
+class PollingWorker(accepting.AcceptingWorker, threads.ThreadsWorker, Protocol):
     """What the loop uses of its worker; the times are those of `Limits`."""
 
     TICK: float
@@ -40,17 +40,7 @@ class Host(Protocol):
     BODY_TIMEOUT: float
     LINGER: float
 
-    slot: int
-    threads: int
     options: Options
-    draining: bool
-    quitting: bool
-
-    @property
-    def acceptor(self) -> Acceptor: ...
-
-    @property
-    def disowned(self) -> bool: ...
 
     def finish(self) -> None: ...
 
@@ -74,9 +64,9 @@ class PollingLoop:
 
     def __init__(
         self,
-        worker: Host,
+        worker: PollingWorker,
         contexts: Mapping[Any, ListenerContext],
-        serve: Callable[[Connection], Phase | None],
+        serve: Callable[[Connection], WaitPhase | None],
         refuse: Callable[[Connection], None],
     ) -> None:
         self._worker, self._contexts, self._answer, self._refuse = worker, contexts, serve, refuse
@@ -85,7 +75,7 @@ class PollingLoop:
         # Those that wait or that a thread has.
         self.connections: WaitingConnections[Connection]
         self.connections = WaitingConnections(worker.options.max_connections, patience, worker.threads > 1)
-        self.followers = LeaderFollowers(worker, self) if worker.threads > 1 else None
+        self.followers = threads.LeaderFollowers(worker, self) if worker.threads > 1 else None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._tick = min(worker.TICK, max(0.02, self._idle / 4)) if self._idle else worker.TICK
         self._tick_at = 0.0
@@ -114,7 +104,7 @@ class PollingLoop:
         self._listeners = set(acceptor.fds)
         balancer = ConnectionBalancer(acceptor.fds, list(self._contexts), accounts)
         self.connections.open(self._epoll, balancer.hold)
-        self._accepting = Accepting(worker, self, self._epoll, balancer)
+        self._accepting = accepting.Accepting(worker, self, self._epoll, balancer)
         for server, context in self._contexts.items():
             if context.verify is None:
                 acceptor.take_bare(server)
@@ -225,7 +215,7 @@ class PollingLoop:
         """Answer the requests that are ready."""
         self.settle(connection, self._answer(connection))
 
-    def settle(self, connection: Connection, phase: Phase | None) -> None:
+    def settle(self, connection: Connection, phase: WaitPhase | None) -> None:
         """After an answer: have the connection wait for this, or close it."""
         if phase is None:
             self.close(connection)
@@ -239,7 +229,7 @@ class PollingLoop:
             except OSError as error:
                 self._close_for_want_of_room(connection, error)
 
-    def _park(self, connection: Connection, phase: Phase | None = None) -> None:
+    def _park(self, connection: Connection, phase: WaitPhase | None = None) -> None:
         try:
             self.connections.park(connection, phase)
         except OSError as error:

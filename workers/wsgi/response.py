@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterable
 from time import monotonic
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
@@ -26,7 +26,7 @@ from prefork.workers.wsgi.header_lines import (
     refusal,
     status_line,
 )
-from prefork.workers.wsgi.limits import DONTWAIT, ListenerContext
+from prefork.workers.wsgi.limits import DONTWAIT, Client
 
 log = logs.get("prefork")
 
@@ -41,16 +41,6 @@ ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 class Gone(ConnectionError):
     """The client does not take its answer: it has left, or its time is over."""
-
-
-class Client(Protocol):
-    """What an answer uses of its connection."""
-
-    sock: Any
-    fd: int
-    listener: ListenerContext
-    served: int
-    broken: bool
 
 
 class Exchange:
@@ -181,7 +171,7 @@ class Exchange:
         """Answer with an error of the server's own, and no more on this connection."""
         self.begun, self.kept, self._length = True, False, -1
         self.status = f"{status} {FAULTS[status]}"
-        head, body = refusal(status, self._client.listener.host.clock)
+        head, body = refusal(status, self._client.listener.worker.clock)
         if self.method != "HEAD":
             head += body
             self.sent = len(body)
@@ -204,7 +194,7 @@ class Exchange:
             lines.append(b"Content-Length: %d\r\n" % size)
         elif self._length != size:
             return False
-        clock = self._client.listener.host.clock
+        clock = self._client.listener.worker.clock
         if monotonic() >= clock.until:
             clock.look()
         kept = self._may_keep()
@@ -219,7 +209,7 @@ class Exchange:
     def _may_keep(self) -> bool:
         client = self._client
         listener = client.listener
-        return self.keep and self.complete and client.served < listener.keep and not listener.host.draining
+        return self.keep and self.complete and client.served < listener.keep and not listener.worker.draining
 
     def _send_whole(self, parts: list[bytes] | tuple[bytes, ...]) -> None:
         """Send a body that is complete: its length is known, and a small one leaves in one send with the head."""
@@ -260,7 +250,7 @@ class Exchange:
 
     def _begin(self, size: int) -> bytes:
         """The head, complete. `size` is that of the whole body where it is known, else -1."""
-        lines, clock, http11 = self._lines, self._client.listener.host.clock, self.http11
+        lines, clock, http11 = self._lines, self._client.listener.worker.clock, self.http11
         kept = self._may_keep()
         clock.look()
         if self._length < 0 and not self._bare:

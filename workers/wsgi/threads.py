@@ -42,7 +42,7 @@ from prefork.workers.wsgi.policy import SHORT, Lead
 log = logs.get("prefork")
 
 
-class Host(Protocol):
+class ThreadsWorker(Protocol):
     """What the threads read of their worker."""
 
     slot: int
@@ -53,7 +53,7 @@ class Host(Protocol):
     def disowned(self) -> bool: ...
 
 
-class Loop(Protocol):
+class ThreadsLoop(Protocol):
     """What the threads run."""
 
     @property
@@ -72,8 +72,8 @@ class Loop(Protocol):
 class LeaderFollowers:
     """Runs a loop, and serves the connections that it hands over, in `threads` threads."""
 
-    def __init__(self, host: Host, loop: Loop) -> None:
-        self._host, self._loop = host, loop
+    def __init__(self, worker: ThreadsWorker, loop: ThreadsLoop) -> None:
+        self._worker, self._loop = worker, loop
         self._leader_lock = threading.Lock()
         self._ready: deque[Connection] = deque()  # connections with a request, for which no thread is there yet
         self._followers: list[threading.Lock] = []  # the lock for which each of them waits
@@ -88,9 +88,9 @@ class LeaderFollowers:
 
     def run(self) -> None:
         """Returns when the worker is to leave. The main thread leads then."""
-        for number in range(self._host.threads):
+        for number in range(self._worker.threads):
             threading.Thread(target=self._live, name=f"wsgi-{number}", daemon=True).start()
-        while not self._host.draining:
+        while not self._worker.draining:
             if self._lead.is_kept:
                 self._watch()
             elif not self.wait(self._loop.pause if self._all_busy else None):
@@ -102,7 +102,7 @@ class LeaderFollowers:
         """While the leader keeps the lead: until it is in a long request, or no requests come."""
         lead = self._lead
         lead.watch()
-        while lead.is_kept and not self._host.draining:
+        while lead.is_kept and not self._worker.draining:
             self.wait(SHORT)
             if lead.look(not self._leader_lock.locked()):
                 self._all_busy = not self._promote()
@@ -152,14 +152,14 @@ class LeaderFollowers:
     @property
     def busy(self) -> bool:
         """Whether any thread may give a connection back."""
-        return self.room < self._host.threads or bool(self._ready)
+        return self.room < self._worker.threads or bool(self._ready)
 
     def hand_over(self, connection: Connection) -> None:
         """A request of this connection is ready."""
         connection.in_service = True
         self._unbegun.add(connection)
         self._ready.append(connection)
-        if self._host.draining:
+        if self._worker.draining:
             self._promote()
 
     # -- any thread ------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class LeaderFollowers:
     def begun(self, connection: Connection) -> None:
         """The request of this connection is accounted: `finish()` of the worker knows of it."""
         self._unbegun.discard(connection)
-        if self._host.draining:
+        if self._worker.draining:
             self.wake()
 
     def _promote(self) -> bool:
@@ -186,9 +186,9 @@ class LeaderFollowers:
             while True:
                 self._followers.append(promoted)
                 # Another thread may have looked for a follower just before.
-                if self._ready or not (self._leader_lock.locked() or self._host.draining):
+                if self._ready or not (self._leader_lock.locked() or self._worker.draining):
                     self._promote()
-                if self._host.draining:
+                if self._worker.draining:
                     self.wake()
                 promoted.acquire()
                 self._work()
@@ -197,13 +197,13 @@ class LeaderFollowers:
 
     def _work(self) -> None:
         """Lead and serve, until no connection is ready and another thread leads."""
-        host, ready, leader_lock, lead = self._host, self._ready, self._leader_lock, self._lead
+        worker, ready, leader_lock, lead = self._worker, self._ready, self._leader_lock, self._lead
         while True:
             if not ready:
-                if host.draining or not leader_lock.acquire(False):
+                if worker.draining or not leader_lock.acquire(False):
                     return
                 try:
-                    if not host.draining:  # once more, now with the lock: nothing would end the wait
+                    if not worker.draining:  # once more, now with the lock: nothing would end the wait
                         self._loop.turn()
                 finally:
                     leader_lock.release()
@@ -227,8 +227,8 @@ class LeaderFollowers:
         try:
             self._loop.serve(connection)
         except BaseException as error:
-            if self._host.disowned:  # the end of a process that the application has forked: it has no other thread
-                standard_streams.flush()
+            if self._worker.disowned:  # the end of a process that the application has forked: it has no other thread
+                processes.flush()
                 os._exit(exit_code(error) if isinstance(error, SystemExit) else 1)
-            log.exception("worker %d: in a thread", self._host.slot)
+            log.exception("worker %d: in a thread", self._worker.slot)
             self._unbegun.discard(connection)

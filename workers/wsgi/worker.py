@@ -22,7 +22,7 @@ from prefork.kernel.originals import refuse_patched, select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.link.worker_context import WorkerContext
 from prefork.workers.base import Worker
-from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, Phase
+from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, WaitPhase
 
 try:
     from prefork.workers.wsgi.access_log import AccessLog
@@ -130,7 +130,7 @@ class WSGIWorker(Limits, Worker):
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def _serve(self, connection: Connection) -> Phase | None:
+    def _serve(self, connection: Connection) -> WaitPhase | None:
         """Answer every request that is ready. Returns what the connection waits for then; None: it is to be closed."""
         requests: list[Exchange] = connection.requests
         while True:
@@ -257,7 +257,7 @@ class WSGIWorker(Limits, Worker):
             with contextlib.suppress(Gone):
                 request.fail(status)
 
-    def _last_phase(self, connection: Connection, request: Exchange) -> Phase | None:
+    def _last_phase(self, connection: Connection, request: Exchange) -> WaitPhase | None:
         """What the connection waits for after its last answer; None: it is to be closed."""
         if connection.broken:
             # A plain end would look like the end of the answer where nothing else tells its length.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, Phase, WaitingConnections
+from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, WaitingConnections, WaitPhase
 
 PATIENCE = {IDLE: 5.0, HEAD: 10.0, BODY: 30.0, LINGER: 2.0}
 
@@ -19,7 +19,7 @@ class Waiting:
 
     sock: socket.socket
     client: socket.socket
-    phase: Phase = IDLE
+    phase: WaitPhase = IDLE
     deadline: float = 0.0
     parked: bool = False
     in_service: bool = False
@@ -43,7 +43,7 @@ class Bench:
         sock, client = socket.socketpair()
         return Waiting(self.stack.enter_context(sock), self.stack.enter_context(client))
 
-    def dial(self, phase: Phase = IDLE) -> Waiting:
+    def dial(self, phase: WaitPhase = IDLE) -> Waiting:
         """A connection that waits."""
         connection = self.connect()
         self.table.park(connection, phase)
