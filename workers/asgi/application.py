@@ -22,9 +22,7 @@ from uvicorn.server import ServerState
 import prefork.kernel.access_file as access_file
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
-from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
 from prefork.settings.settings import Options
-from prefork.workers.accounting import Requests
 from prefork.workers.asgi.lifespan import Lifespan
 from prefork.workers.asgi.protocols import strict
 from prefork.workers.asgi.transport import with_buffered_heads
@@ -98,7 +96,11 @@ class ASGIApplication:
     """
 
     def __init__(
-        self, app: Any, worker: AccountingWorker, given: Mapping[str, Any], accesses: logs.AccessFile | None = None
+        self,
+        app: Any,
+        worker: AccountingWorker,
+        given: Mapping[str, Any],
+        accesses: access_file.AccessFile | None = None,
     ) -> None:
         options = worker.options
         logs.get("uvicorn.error")  # on which the protocols report exceptions of the application

@@ -63,7 +63,8 @@ class HeadBufferingTransport:
         self._transport.write_eof()
 
     def close(self) -> None:
-        self.flush()
+        if self._head:
+            self.flush()
         self._transport.close()
 
 
@@ -71,7 +72,8 @@ def _flush_all(kept: list[HeadBufferingTransport]) -> None:
     transports = kept[:]
     kept.clear()
     for transport in transports:
-        transport.flush()
+        if transport._head:
+            transport.flush()
 
 
 def with_buffered_heads(protocol: Any, loop: asyncio.AbstractEventLoop) -> Any:

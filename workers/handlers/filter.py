@@ -300,7 +300,7 @@ class Filter:
         first = self._waiting.first()
         self._waiting.remove(first)
         server, request, peer = first.taken
-        if self._is_there(first.taken, first.check) or processes.has_ended(first.fd):
+        if self._is_there(first.taken, first.check) or readiness.has_ended(first.fd):
             return first.taken
         try:
             server.shutdown_request(request)

@@ -18,7 +18,7 @@ from enum import IntEnum
 from time import monotonic
 from typing import Generic, Protocol, TypeVar
 
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 
 
 class WaitPhase(IntEnum):

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 from prefork.workers.wsgi.limits import DONTWAIT, READ, Client
 from prefork.workers.wsgi.response import Exchange
 

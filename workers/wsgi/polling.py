@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Protocol
 
-import prefork.kernel.processes as processes
+import prefork.kernel.readiness as readiness
 import prefork.workers.wsgi.accepting as accepting
 import prefork.workers.wsgi.threads as threads
-from prefork.kernel.originals import select
+from prefork.kernel.unpatched import select
 from prefork.settings.settings import Options
 from prefork.workers.intake.acceptor import PAUSE
-from prefork.workers.intake.balance import Accounts, ConnectionBalancer
+from prefork.workers.intake.balance import ConnectionBalancer, SlotOwner
 from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, WaitingConnections, WaitPhase
 from prefork.workers.wsgi.limits import DONTWAIT, READ, ListenerContext
 from prefork.workers.wsgi.parser import Connection
@@ -89,7 +89,7 @@ class PollingLoop:
 
     def wake(self) -> None:
         """The worker is to leave. Called by a signal handler."""
-        processes.wake_reader(self._wake_read, self._wake_write)
+        readiness.wake_reader(self._wake_read, self._wake_write)
         if self.followers is not None:
             self.followers.wake()
 
@@ -97,7 +97,7 @@ class PollingLoop:
         """Make what is needed to wait."""
         self._epoll = select.epoll()
 
-    def run(self, accounts: Accounts) -> None:
+    def run(self, accounts: SlotOwner) -> None:
         """Serve until the worker is to leave, and then until every client has its answer."""
         worker = self._worker
         acceptor = self._acceptor = worker.acceptor
@@ -246,7 +246,7 @@ class PollingLoop:
             with contextlib.suppress(OSError):  # also BlockingIOError: there is nothing that would cause a reset
                 connection.sock.recv(READ, DONTWAIT)
             self.close(connection)
-        elif processes.readable(connection.fd):
+        elif readiness.is_readable(connection.fd):
             self._read(connection)
         elif phase is IDLE:
             self.close(connection)

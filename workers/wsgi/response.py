@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 import prefork.kernel.logs as logs
-import prefork.kernel.processes as processes
-from prefork.kernel.originals import select
+import prefork.kernel.readiness as readiness
+from prefork.kernel.unpatched import select
 from prefork.workers.wsgi.file_wrapper import FileWrapper, plain_file
 from prefork.workers.wsgi.header_lines import (
     DATE,
@@ -293,7 +293,7 @@ class Exchange:
         """Drop data that is written after the end of the answer. The client may have left by then, and an application
         that writes for ever must be told so."""
         self.excess = not self._head_only()
-        if processes.has_ended(self._client.fd):
+        if readiness.has_ended(self._client.fd):
             raise self._lost("the client has left")
 
     def _lost(self, why: object) -> Gone:

@@ -228,7 +228,7 @@ class LeaderFollowers:
             self._loop.serve(connection)
         except BaseException as error:
             if self._worker.disowned:  # the end of a process that the application has forked: it has no other thread
-                processes.flush()
+                standard_streams.flush()
                 os._exit(exit_code(error) if isinstance(error, SystemExit) else 1)
             log.exception("worker %d: in a thread", self._worker.slot)
             self._unbegun.discard(connection)

@@ -18,7 +18,7 @@ import prefork.kernel.host_port as host_port
 import prefork.kernel.logs as logs
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import OptionError, RequestTimeout
-from prefork.kernel.originals import refuse_patched, select
+from prefork.kernel.unpatched import refuse_patched, select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.link.worker_context import WorkerContext
 from prefork.workers.base import Worker

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefork.workers.asgi.application import HeadBufferingTransport
+from prefork.workers.asgi.transport import HeadBufferingTransport
 from support.asgi import Client, serve
 from support.scripts import Start
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import prefork.workers.wsgi.response as response
-from prefork.workers.wsgi.parser import Body, Connection, Limits, ListenerContext, Refused
-from prefork.workers.wsgi.response import Clock, Response
+import prefork.workers.wsgi.header_lines as header_lines
+from prefork.workers.wsgi.body import Body, Refused
+from prefork.workers.wsgi.header_lines import Clock
+from prefork.workers.wsgi.limits import Limits, ListenerContext
+from prefork.workers.wsgi.parser import Connection
 from support.wsgi import CHUNKED, GET, HOST, POST, VALID
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,7 +35,7 @@ class Desk:
 
 
 def site(max_body: int = 0) -> ListenerContext:
-    return ListenerContext(lambda *_: [], {"SCRIPT_NAME": ""}, Bounds(), max_body, 10, Response.maker(Desk()))
+    return ListenerContext(lambda *_: [], {"SCRIPT_NAME": ""}, Bounds(), max_body, 10, Desk())
 
 
 def connection(max_body: int = 0) -> Connection:
@@ -208,7 +210,7 @@ def test_what_is_remembered_is_bounded() -> None:
     for _ in range(2):
         expected = b"HTTP/1.1 200 %b\r\nX-%b: %b\r\n" % ((long.encode(),) * 3)
         assert head_of([(f"X-{long}", long)], f"200 {long}") == expected
-    for memory in (response._names, response._statuses, response._headers):
+    for memory in (header_lines._known_names, header_lines.known_statuses, header_lines.known_headers):
         assert 0 < len(memory) <= 1000
         assert len(str(max(memory, key=lambda one: len(str(one))))) < 1000
 
