@@ -1,120 +1,18 @@
 """Every setting, declared once: the class attributes, the command's flags and the checks are all made from `Settings`.
 
-A setting is declared with its type, default, bounds and one sentence of help. `Settings` is what a server inherits:
-attributes to be overridden, as socketserver's own are. `Options` is a frozen, checked copy of them, taken when serving
-starts; everything behind the face reads only that.
+`Settings` is what a server inherits: attributes to be overridden, as socketserver's own are. `Options` is a frozen,
+checked copy of them, taken when serving starts and at each reload; all code behind the server reads only that.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from prefork.errors import OptionError
 from prefork.kernel.cgroup import usable_cpus
-
-T = TypeVar("T")
+from prefork.settings.declaration import Setting, setting
 
 MAX_WORKERS = 2048  # slots on the scoreboard must hold a whole pool twice (a reload with the greatest surge)
-
-
-class Setting:
-    """A class attribute with a default, its bounds, and its help. Overriding it is plain assignment."""
-
-    def __init__(
-        self,
-        default: object,
-        kind: type,
-        help: str,
-        *,
-        low: float | None,
-        high: float | None,
-        none: bool,
-        flag: bool,
-        unit: str,
-        octal: bool,
-    ) -> None:
-        self.default, self.kind, self.help, self.low, self.high, self.none = default, kind, help, low, high, none
-        self.flag, self.unit, self.octal = flag, unit, octal
-        self.name = ""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: object, owner: type | None = None) -> object:
-        return self.default() if callable(self.default) and not isinstance(self.default, type) else self.default
-
-    def check(self, value: object) -> object:
-        """Return `value` as the setting's type.
-
-        Raises
-        ------
-        OptionError
-            naming the setting, what it takes, and what it was given.
-        """
-        if value is None and self.none:
-            return None
-        if self.kind is object:
-            return value
-        good = isinstance(value, self.kind) or (self.kind is float and isinstance(value, int))
-        if not good or (isinstance(value, bool) and self.kind is not bool):
-            raise self._wrong(value)
-        if self.kind in (int, float):
-            try:
-                number = self.kind(cast(Any, value))
-            except OverflowError:  # a whole number that no float holds
-                raise self._wrong(value) from None
-            if (
-                (isinstance(number, float) and not math.isfinite(number))
-                or (self.low is not None and number < self.low)
-                or (self.high is not None and number > self.high)
-            ):
-                raise self._wrong(value)
-            return cast(object, number)
-        return value
-
-    def _wrong(self, value: object) -> OptionError:
-        try:
-            shown = " ".join(repr(value).split())  # one line
-        except Exception:  # a stranger's repr, or a whole number of too many digits
-            shown = f"a value of type {type(value).__name__}"
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return OptionError(f"{self.name}: must be {self._wanted()}, not {shown}")
-
-    def _wanted(self) -> str:
-        what = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[self.kind]
-        if self.unit:
-            what += f" of {self.unit}"
-        if self.octal:
-            what = f"an octal number from 0o{self.low or 0:o} to 0o{self.high or 0:o}"
-        elif self.low is not None and self.high is not None:
-            what += f" from {self.low:g} to {self.high:g}"
-        elif self.low is not None:
-            what += f", {self.low:g} or more"
-        return what + (" (or None)" if self.none else "")
-
-
-def setting(
-    default: T,
-    kind: type,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    none: bool = False,
-    flag: bool = True,
-    unit: str = "",
-    octal: bool = False,
-) -> T:
-    """Declare a setting. To a type checker it is its value, as with `dataclasses.field`.
-
-    Parameters
-    ----------
-    octal
-        The command reads it, and errors show its bounds, as chmod(1) does.
-    """
-    declared = Setting(default, kind, help, low=low, high=high, none=none, flag=flag, unit=unit, octal=octal)
-    return cast(T, declared)
 
 
 class Settings:
@@ -196,10 +94,10 @@ def declared() -> Iterator[Setting]:
 
 
 def with_whole_paths(values: Mapping[str, object], absolute: Callable[[str], str]) -> dict[str, object]:
-    """The same settings for processes whose program may change its directory."""
-    log = values.get("access_log")
-    whole = {"access_log": absolute(log)} if isinstance(log, str) and log not in ("", "-") else {}
-    return {**values, **whole}
+    """The same settings, with absolute paths: the program may change its directory."""
+    path = values.get("access_log")
+    absolute_paths = {"access_log": absolute(path)} if isinstance(path, str) and path not in ("", "-") else {}
+    return {**values, **absolute_paths}
 
 
 class Options(Settings):
@@ -212,16 +110,17 @@ class Options(Settings):
     """
 
     def __init__(self, values: Mapping[str, object]) -> None:
-        known = {one.name: one for one in declared()}
+        known = {item.name: item for item in declared()}
         for name in values:
             if name not in known:
                 raise OptionError(f"{name}: there is no such setting")
-        self.__dict__.update({name: one.check(values.get(name, getattr(self, name))) for name, one in known.items()})
+        checked = {name: item.check(values.get(name, getattr(self, name))) for name, item in known.items()}
+        self.__dict__.update(checked)
 
     @classmethod
     def of(cls, server: object, absolute: Callable[[str], str] = os.path.abspath) -> "Options":
         """Read and check the settings that a server (or its class) carries. Relative paths in them become absolute."""
-        values = {one.name: getattr(server, one.name) for one in declared() if hasattr(server, one.name)}
+        values = {item.name: getattr(server, item.name) for item in declared() if hasattr(server, item.name)}
         try:
             return cls(with_whole_paths(values, absolute))
         except FileNotFoundError:  # there is no current directory any more

@@ -22,7 +22,8 @@ from PIL import Image
 
 import prefork.errors
 import prefork.master.loop
-from prefork.settings.settings import Setting, declared
+from prefork.settings.declaration import Setting
+from prefork.settings.settings import declared
 from support import Address, Program, dial, patterns, until
 
 ROOT = Path(__file__).resolve().parents[2]
