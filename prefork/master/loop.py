@@ -23,7 +23,7 @@ import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 import prefork.kernel.signal_inbox as signal_inbox
 import prefork.link.lifeline as lifeline
-import prefork.link.uplink as uplink
+import prefork.rules.deadlines as deadlines
 import prefork.rules.pacing as pacing
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
@@ -127,7 +127,7 @@ class Master:
         self._adopts = adopts
         self._inbox = signal_inbox.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
         self._attention = pacing.Attention()
-        self._deadlines = pacing.Deadlines()
+        self._deadlines = deadlines.Deadlines()
         self._judge_at: float | None = None
         self._stopping = stop_sequence.StopSequence()
         self._sweep_at: float | None = None
@@ -408,9 +408,8 @@ class Master:
         for member in self.pool.members.values():
             if not member.aborted and not member.killed:
                 deadline, interrupted = self.board.deadline(member.slot)
-                serial = int(deadline * 1e9) if deadline < 1e9 else 0
                 threads = self.board.threads(member.slot)
-                readings.append(pacing.Reading(member.pid, deadline, serial, interrupted, threads))
+                readings.append(deadlines.Reading(member.pid, deadline or None, interrupted, threads))
         verdicts, self._judge_at = self._deadlines.judge(now, readings)
         for pid in verdicts.interrupt:
             log.warning("worker %d (pid %d): its request is past its deadline", self.pool.members[pid].slot, pid)
