@@ -33,7 +33,7 @@ from prefork.kernel.own_process import prepare
 from prefork.link.scoreboard import Scoreboard
 from prefork.link.worker_context import INTERRUPT
 from prefork.master.worker_handle import Start, WorkerHandle, launch, log_exit
-from prefork.rules.states import Phase, State, Stop
+from prefork.rules.states import Phase, State
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import MAX_WORKERS, Options
@@ -159,11 +159,10 @@ class Master:
         """Change the number of workers."""
         self._ask(lambda: self._resize(size))
 
-    def stop(self, how: Stop = Stop.GRACEFUL, *, detach: bool = False) -> None:
+    def stop(self, stage: Stage = Stage.SETTLING, *, detach: bool = False) -> None:
         """Stop the pool. `run()` returns when it is over or, with `detach`, as soon as every worker was asked to leave:
         call it again to see the drain through."""
         self._detach = detach
-        stage = {Stop.GRACEFUL: Stage.SETTLING, Stop.FAST: Stage.FAST, Stop.KILL: Stage.KILL}[how]
         self._ask(lambda: self._stop(stage))
 
     def _ask(self, what: Callable[[], None]) -> None:
@@ -217,7 +216,7 @@ class Master:
     def _over(self) -> bool:
         if self.pool.done and not self._handles:
             return True
-        if self._detach and self.pool.stopping is not Stop.NO:
+        if self._detach and self.pool.stage is not Stage.SERVING:
             self._detach = False
             return True
         return False
@@ -341,7 +340,7 @@ class Master:
             for one in tcp:
                 one.hold()
         else:
-            self.pool.stop(Stop.FAST if stage is Stage.FAST else Stop.KILL, now)
+            self.pool.stop(stage, now)
         log.info("stopping" if stage is Stage.SETTLING else f"stopping: {stage.name.lower()}")
 
     def _settle(self, now: float) -> None:
@@ -356,7 +355,7 @@ class Master:
         for one in self.listeners:
             one.hold()
             one.empty()
-        self.pool.stop(Stop.GRACEFUL, now)
+        self.pool.stop(Stage.DRAINING, now)
 
     def _last_call(self, now: float) -> None:
         """Everybody was killed while the pool stops, and there is a queue: fork one more for it."""

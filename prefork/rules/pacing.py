@@ -35,7 +35,7 @@ def recycle_after(limit: int, jitter: int, rng: random.Random) -> int:
 
 
 def lifetime(limit: float, rng: random.Random) -> float | None:
-    """Seconds that one worker lives; None: no limit. Shortened by up to a tenth, so that a pool does not age together."""
+    """Seconds that one worker lives, shortened by up to a tenth lest a pool age together; None: there is no limit."""
     return limit * (1 - AGE_JITTER * rng.random()) if limit else None
 
 

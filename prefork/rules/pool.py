@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import prefork.rules.pacing as pacing
-from prefork.rules.states import TRANSITIONS, Event, State, Stop
+from prefork.rules.states import TRANSITIONS, Event, State
+from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import MAX_WORKERS, Options
 
@@ -145,7 +146,7 @@ class Pool:
         self.size = options.workers
         self.generation = 1  # the last good one, or the first
         self.candidate: int | None = None  # the generation that a reload tries
-        self.stopping = Stop.NO
+        self.stage = Stage.SERVING
         self.members: dict[int, Member] = {}
         self.events: list[tuple[PoolEvent, int]] = []
         self._rng = rng
@@ -206,11 +207,11 @@ class Pool:
 
     @property
     def done(self) -> bool:
-        return not self.members and (self.stopping is not Stop.NO or self.boot_failed)
+        return not self.members and (self.stage is not Stage.SERVING or self.boot_failed)
 
     def last_call(self) -> Spawn | None:
         """One more worker for a graceful stop in which nobody is left to empty the queue, if one may be hoped for."""
-        if self.stopping is Stop.GRACEFUL and not self.members and self._ever_ready:
+        if self.stage is Stage.DRAINING and not self.members and self._ever_ready:
             return Spawn(0, self.generation)
         return None
 
@@ -243,7 +244,7 @@ class Pool:
         if life := pacing.lifetime(member.options.max_lifetime, self._rng):
             member.expires = now + life
         self._ever_ready = True
-        if self.stopping is Stop.GRACEFUL and member.state is State.READY:
+        if self.stage is Stage.DRAINING and member.state is State.READY:
             self._retire(member, Reason.STOPPED, now)
         if member.state is State.READY and member.generation == self.candidate:
             self.generation, self.candidate = self.candidate, None
@@ -328,7 +329,7 @@ class Pool:
         options
             Of the new generation; by default those of the last good one.
         """
-        if self.stopping is not Stop.NO:
+        if self.stage is not Stage.SERVING:
             return
         options = options or self.options
         if self._rolling:
@@ -336,14 +337,17 @@ class Pool:
         else:
             self._begin(options)
 
-    def stop(self, how: Stop, now: float) -> None:
-        """Ask for a size of zero. A harder stop replaces a softer one, never the other way."""
-        if how <= self.stopping:
+    def stop(self, stage: Stage, now: float) -> None:
+        """Ask for a size of zero: DRAINING or a harder stage. A harder one replaces a softer one, never the other way.
+
+        SETTLING does not come here: in it the workers are not asked for anything yet.
+        """
+        if stage <= self.stage:
             return
-        self.stopping = how
+        self.stage = stage
         self.candidate, self._rolling, self._again = None, False, None
         for member in list(self.members.values()):
-            if how is Stop.GRACEFUL and member.state is State.RETIRING:
+            if stage is Stage.DRAINING and member.state is State.RETIRING:
                 continue
             self._retire(member, Reason.STOPPED, now)
 
@@ -364,10 +368,10 @@ class Pool:
                 member.why = f"max_lifetime: {member.options.max_lifetime:g} s"
             if member.state is State.STARTING and now >= member.boot_deadline:
                 self.condemn(member.pid, Reason.BOOT_TIMEOUT, now)
-        if self.stopping is Stop.NO:
+        if self.stage is Stage.SERVING:
             self._reduce(now)
         found: list[Order] = [order for m in self.members.values() if (order := self._escalate(m, now)) is not None]
-        if self.stopping is Stop.NO:
+        if self.stage is Stage.SERVING:
             self._settle()
             found += self._increase(now)
         return found
@@ -387,7 +391,7 @@ class Pool:
                     yield m.kill_at
                 if not (m.acknowledged or m.aborted or m.killed):
                     yield m.signal_at
-        if self.stopping is Stop.NO:
+        if self.stage is Stage.SERVING:
             for slot, *_ in self._wanted_spawns():
                 backoff = self._slots.get(slot)
                 yield max(self._system.until, backoff.until if backoff else 0.0)
@@ -398,7 +402,7 @@ class Pool:
             return None
         if m.kill_at is not None and now >= m.kill_at:
             # Where nobody will read the stacks, or there is nothing in hand, there is no dump.
-            unread = self.stopping >= Stop.FAST or (m.ready_at is None and m.reason is not Reason.BOOT_TIMEOUT)
+            unread = self.stage >= Stage.FAST or (m.ready_at is None and m.reason is not Reason.BOOT_TIMEOUT)
             if m.killed or m.aborted or unread:
                 m.killed = True
                 m.kill_at = now + self.AGAIN
@@ -415,16 +419,16 @@ class Pool:
         return None
 
     def _retire(self, member: Member, reason: Reason, now: float) -> None:
-        if member.killed or (member.aborted and self.stopping is not Stop.KILL):
+        if member.killed or (member.aborted and self.stage is not Stage.KILL):
             return
         if member.state is not State.RETIRING:
             member.on(Event.RETIRED)
             member.reason = reason
         member.signal_at, member.gap = now, self.SIGNAL_GAP
-        if self.stopping is Stop.KILL:
+        if self.stage is Stage.KILL:
             member.kill_at = now
             return
-        member.quitting = self.stopping is Stop.FAST
+        member.quitting = self.stage is Stage.FAST
         member.acknowledged = False
         if member.quitting or member.ready_at is None:
             # It has no request in hand, or is not to finish it.

@@ -45,12 +45,3 @@ class Phase(enum.IntEnum):
     SERVING = 1
     DRAINING = 2  # the order to drain was understood
     LEAVING = 3  # the order to leave at once was understood
-
-
-class Stop(enum.IntEnum):
-    """How hard the pool is stopping; it only ever rises."""
-
-    NO = 0
-    GRACEFUL = 1  # finish what is in hand and what is queued
-    FAST = 2  # leave now
-    KILL = 3  # SIGKILL

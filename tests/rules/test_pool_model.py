@@ -114,10 +114,10 @@ class Model(RuleBasedStateMachine):
         self.world.reload()
         self.done(look)
 
-    @rule(how=st.sampled_from(Stop), really=st.integers(0, 9), look=look)
-    def stop(self, how: Stop, really: int, look: bool) -> None:
-        if really == 0 or self.world.pool.stopping is not Stop.NO:
-            self.world.stop(how)
+    @rule(stage=st.sampled_from(STOPS), really=st.integers(0, 9), look=look)
+    def stop(self, stage: Stage, really: int, look: bool) -> None:
+        if really == 0 or self.world.pool.stage is not Stage.SERVING:
+            self.world.stop(stage)
         self.done(look)
 
     def teardown(self) -> None:
@@ -177,7 +177,7 @@ def step(world: World, pick: random.Random, calm: float) -> None:
     elif kind < 0.97:
         event = (world.suspend, pick.choice((0.6, 5.0)))
     elif kind < 0.98:
-        event = (world.stop, pick.choice(list(Stop)))
+        event = (world.stop, pick.choice(STOPS))
     else:
         event = (world.pass_time, 1000.0)
     act, *arguments = event

@@ -2,7 +2,8 @@
 
 from itertools import product
 
-from prefork.rules.states import TRANSITIONS, Event, Phase, State, Stop
+from prefork.rules.states import TRANSITIONS, Event, Phase, State
+from prefork.rules.stop_sequence import Stage
 
 DRAWING = """
             booted      retired     exited
@@ -33,6 +34,6 @@ def test_there_is_no_way_back() -> None:
 
 def test_orders_of_severity() -> None:
     """Stops and phases are compared by number: harder and further is greater."""
-    assert Stop.NO < Stop.GRACEFUL < Stop.FAST < Stop.KILL
+    assert list(Stage) == sorted(Stage)
     assert Phase.BOOTING < Phase.SERVING < Phase.DRAINING < Phase.LEAVING
     assert int(Phase.BOOTING) == 0, "a cleared slot is that of a booting worker"
