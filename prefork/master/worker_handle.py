@@ -26,7 +26,7 @@ Start = Callable[[WorkerContext, Callable[[], None]], int]
 
 @dataclass(slots=True)
 class WorkerHandle:
-    """What the master holds of one worker."""
+    """The worker to the master: a process with two pipes. What is wanted of it is in the pool's `Member`."""
 
     slot: int
     generation: int
@@ -34,8 +34,7 @@ class WorkerHandle:
     lifeline_write: int
     link: uplink.UplinkReader
     born: float
-    closed: bool = False  # its end of the uplink
-    closed_at: float = 0.0
+    closed_at: float | None = None  # when its end of the uplink was seen; None: it is open
 
     def report(
         self, entry: Entry, reason: Reason, status: int | None, memory: int | None, now: float, why: str = ""

@@ -252,7 +252,7 @@ class Pool:
             if not self._resized:
                 self.size = member.options.workers
 
-    def wear_out(self, pid: int, why: str = "") -> None:
+    def request_recycle(self, pid: int, why: str = "") -> None:
         """A worker asks to be replaced."""
         if member := self.members.get(pid):
             member.recycle_requested = True

@@ -102,8 +102,8 @@ signal.set_wakeup_fd = lambda fd, **named: -1
 def test_a_failure_changes_no_deadline(start: Start, notes: Notes) -> None:
     """A turn of the loop that failed while a worker was missing is no reason to put off requests' deadlines."""
     before = """
-import prefork.master.loop
-prefork.master.loop.log_exit = refusing(prefork.master.loop.log_exit, errno.EIO, times=1)
+import prefork.master.reaper
+prefork.master.reaper.log_exit = refusing(prefork.master.reaper.log_exit, errno.EIO, times=1)
 """
     program = begin(start, before, timeout=0.5, allow=[patterns.TRACEBACK, patterns.FAULT])
     workers = program.wait_ready(2)
@@ -121,8 +121,8 @@ prefork.master.loop.log_exit = refusing(prefork.master.loop.log_exit, errno.EIO,
 def test_a_step_that_always_fails(start: Start) -> None:
     """What fails in each turn keeps nothing else from being done, and is not said more than once a second."""
     before = """
-import prefork.master.loop
-prefork.master.loop.Master._judge = refusing(prefork.master.loop.Master._judge, errno.EIO)
+import prefork.master.judge
+prefork.master.judge.Judge.judge = refusing(prefork.master.judge.Judge.judge, errno.EIO)
 """
     program = begin(start, before, allow=[patterns.TRACEBACK])
     program.write("refuse", "")
@@ -210,16 +210,16 @@ class Traced(Handler):
     program.finish()
 
 
-# -- a stop and a trial ----------------------------------------------------------------------------
+# -- a stop and a probe ----------------------------------------------------------------------------
 
 
-class Trial:
-    """A trial of the program that has just ended well."""
+class Probe:
+    """A probe of the program that has just ended well."""
 
     deadline = float("inf")
 
     def __init__(self) -> None:
-        self.fd = os.pipe()
+        self.fd, self.other_end = os.pipe()
         self.ended = False
 
     def over(self) -> bool:
@@ -231,8 +231,8 @@ class Trial:
 
 
 @pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.SERVING])
-def test_a_trial_that_ends_during_a_stop_begins_no_reload(stage: Stage) -> None:
-    """However far a stop has come, and in its first milliseconds too: the trial of a reload is dropped."""
+def test_a_probe_that_ends_during_a_stop_begins_no_reload(stage: Stage) -> None:
+    """However far a stop has come, and in its first milliseconds too: the probe of a reload is dropped."""
 
     def never(*arguments: object) -> int:
         raise AssertionError("nothing is forked here")
@@ -242,14 +242,21 @@ def test_a_trial_that_ends_during_a_stop_begins_no_reload(stage: Stage) -> None:
 
         def worker_exited(self, report: object) -> None: ...
 
-    running = loop.Master([], Options({"workers": 1}), never, Hooks())
-    trial: Any = Trial()
-    running._check = trial
-    running._stop(stage)
-    running._watch_check(time.monotonic())
-    assert trial.ended and running.pool.candidate is None
-    running._reload()
-    assert running.pool.candidate is None
+    made: list[Probe] = []
+
+    def probe() -> Any:
+        made.append(Probe())
+        return made[0]
+
+    running = loop.Master([], Options({"workers": 1}), never, Hooks(), probe=probe)
+    running._reload.begin()
+    running._stop.escalate(stage)
+    assert running._reload.watch()
+    assert made[0].ended and running.pool.candidate is None
+    running._reload.begin()
+    assert len(made) == 1 and running.pool.candidate is None
+    for fd in (made[0].fd, made[0].other_end):
+        os.close(fd)
     running.close()
 
 

@@ -230,8 +230,8 @@ def test_shrinking_takes_those_first_who_do_not_serve_yet() -> None:
 def test_recycling_starts_the_replacement_first() -> None:
     """Worn workers go one after the other, each when its replacement is ready."""
     bench = Bench(2)
-    bench.pool.wear_out(1)
-    bench.pool.wear_out(2)
+    bench.pool.request_recycle(1)
+    bench.pool.request_recycle(2)
     assert bench.look() == [Spawn(2, 1)]
     bench.boot(3)
     assert bench.look() == [Retire(1)]

@@ -1,0 +1,111 @@
+"""Deaths: noticed, collected, reported. Here a worker's exit becomes a line of the log and a call of `worker_exited()`.
+
+A death has two notices: the pidfd, and the end of the uplink. The pipe closes a moment before there is an exit to
+collect, and a child of the worker may hold it open; so where there is no pidfd, the pid is looked at again and again.
+
+Only pids that the master forked are waited for. Others are collected by their owner (`collect_others`), or, as process
+1, when the kernel hands them over.
+"""
+
+import collections
+import time
+from collections.abc import Callable
+
+import prefork.kernel.logs as logs
+import prefork.kernel.processes as processes
+from prefork.link.scoreboard import Scoreboard
+from prefork.master.guard import Guard
+from prefork.master.roster import Roster
+from prefork.master.stop import Stop
+from prefork.master.worker_handle import WorkerHandle, log_exit
+from prefork.rules.pool import Pool
+from prefork.rules.worker_exit import Reason, WorkerExit
+
+log = logs.get("prefork")
+
+SWEEP = 0.005  # seconds to the next look for an exit whose pipe is closed already
+TICK = 0.5  # seconds to the next look where the kernel has no pidfd, or the pipe has been closed for that long
+LAST_EXITS = 16  # deaths that a snapshot tells of
+
+
+class Reaper:
+    """Collects the workers of one pool.
+
+    To be read: `due`, when to look although there was no notice (None: never); `last_exits`, the latest deaths, oldest
+    first; `last_words`, what the last worker that did not boot has said.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        pool: Pool,
+        board: Scoreboard,
+        stop: Stop,
+        guard: Guard,
+        *,
+        worker_exited: Callable[[WorkerExit], None],
+        collect_others: Callable[[], float | None],
+        adopts: bool,
+    ) -> None:
+        self.due: float | None = None
+        self.last_exits: collections.deque[WorkerExit] = collections.deque(maxlen=LAST_EXITS)
+        self.last_words = ""
+        self._roster, self._pool, self._board, self._stop, self._guard = roster, pool, board, stop, guard
+        self._worker_exited, self._collect_others, self._adopts = worker_exited, collect_others, adopts
+
+    def look_at(self, time: float) -> None:
+        """Look at this time, or before."""
+        self.due = time if self.due is None else min(self.due, time)
+
+    def reap(self, now: float, *, probing: bool) -> None:
+        """Collect every worker that has ended, and report it.
+
+        Parameters
+        ----------
+        probing
+            A probe has a child of its own, so strangers are left alone.
+        """
+        sweep = self.due is not None and now >= self.due
+        if sweep:
+            self.due = None
+        for handle in list(self._roster.handles.values()):
+            with self._guard.protect("worker %d (pid %d) cannot be collected", handle.slot, handle.child.pid):
+                if (sweep or handle.child.ended or handle.closed_at is not None) and self._collect(handle):
+                    continue
+            if handle.closed_at is not None:
+                # One that closed its uplink by mistake and lives on must not keep the master awake.
+                self.look_at(now + (SWEEP if now - handle.closed_at < TICK else TICK))
+            elif handle.child.pidfd is None:
+                self.look_at(now + TICK)
+        if (again := self._collect_others()) is not None:
+            self.look_at(again)
+        if self._adopts and (probing or processes.reap_strangers(self._roster.handles)):
+            self.look_at(now + TICK)
+
+    def _collect(self, handle: WorkerHandle) -> bool:
+        """Reap one worker if it has ended, and report it. Whether it is gone."""
+        exit = handle.child.reap()
+        if exit is None:
+            return False
+        if handle.closed_at is None:
+            with self._guard.protect("worker %d (pid %d) cannot be heard", handle.slot, handle.child.pid):
+                self._roster.hear(handle)  # what it said before it died comes before its death
+        status, memory = exit
+        now = time.monotonic()
+        entry = self._board.read(handle.slot, now)
+        self._roster.forget(handle)
+        # One that was ended by its first request has taken it: it is no crash loop, the clients set its pace.
+        served = entry.requests > 0 or entry.busy_for > 0
+        member = self._pool.exited(handle.child.pid, now, status=status, served=served)
+        report = handle.report(entry, member.reason or Reason.EXITED, status, memory, now, member.why)
+        if report.reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
+            self._stop.found_empty()
+        self.last_exits.append(report)
+        if report.reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
+            log_exit(report, known=self.last_words)
+            self.last_words = report.detail or str(report)
+        else:
+            log_exit(report)
+        with self._guard.protect_hook("worker_exited() raised; the pool goes on"):
+            self._worker_exited(report)
+        return True
