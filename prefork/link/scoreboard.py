@@ -115,6 +115,7 @@ class Entry:
     requests: int
     busy_time: float
     peer: str | None
+    held: int
 
 
 class Scoreboard:
@@ -170,6 +171,7 @@ class Scoreboard:
             int(ints[REQUESTS]) & 0xFFFF_FFFF_FFFF,
             _clamp(floats[BUSY_TIME], now),
             peer,
+            int(ints[HELD]) & 0xFFFF_FFFF,
         )
 
 

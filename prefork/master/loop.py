@@ -39,6 +39,7 @@ from prefork.master.judge import Judge
 from prefork.master.reaper import Reaper
 from prefork.master.reload import Probe, Reload
 from prefork.master.roster import Roster
+from prefork.master.snapshot import PoolSnapshot, snapshot
 from prefork.master.stop import Stop
 from prefork.master.worker_handle import Start
 from prefork.rules.stop_sequence import Stage
@@ -210,6 +211,10 @@ class Master:
         for listener in self.listeners:
             listener.close()
         self._inbox.close()
+
+    def snapshot(self, now: float) -> PoolSnapshot:
+        """The pool as it is. In the thread of the loop: for hooks of the program, and for what the loop itself serves."""
+        return snapshot(now, self.pool, self.board, self._stop.stage, self._reaper.last_exits)
 
     def _over(self) -> bool:
         if self.pool.done and not self._roster.handles:

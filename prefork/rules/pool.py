@@ -157,8 +157,8 @@ class Pool:
         self._rolling = False
         self._ever_ready = False
         self._announced = False
-        self._slots: dict[int, pacing.Backoff] = {}
-        self._system = pacing.Backoff()
+        self.slot_backoffs: dict[int, pacing.Backoff] = {}
+        self.system_backoff = pacing.Backoff()
 
     # -- queries ---------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class Pool:
     @property
     def boot_failed(self) -> bool:
         """Whether the first generation is over before any of its workers was ready: each had its try, all failed."""
-        if self._ever_ready or self.members or self.candidate is not None or not self._slots:
+        if self._ever_ready or self.members or self.candidate is not None or not self.slot_backoffs:
             return False
         return next(self._wanted_spawns(), None) is None  # one that the system refused to fork has not had its try
 
@@ -225,14 +225,14 @@ class Pool:
         member = Member(order.slot, pid, order.generation, options, now, now + options.boot_timeout)
         self.members[pid] = member
         # Of several forks at once some may be refused: one that succeeds does not undo that.
-        if now >= self._system.until:
-            self._system.reset()
+        if now >= self.system_backoff.until:
+            self.system_backoff.reset()
         return member
 
     def spawn_failed(self, now: float) -> None:
         """The system refused a fork or a descriptor: a reason to wait, for the whole pool."""
-        if now >= self._system.until:  # refusals of the same moment are one failure
-            self._system.failed(now, self._rng)
+        if now >= self.system_backoff.until:  # refusals of the same moment are one failure
+            self.system_backoff.failed(now, self._rng)
 
     def booted(self, pid: int, now: float) -> None:
         """A worker said that it is ready."""
@@ -248,7 +248,7 @@ class Pool:
             self._retire(member, Reason.STOPPED, now)
         if member.state is State.READY and member.generation == self.candidate:
             self.generation, self.candidate = self.candidate, None
-            self._slots.clear()  # what failed was another generation
+            self.slot_backoffs.clear()  # what failed was another generation
             if not self._resized:
                 self.size = member.options.workers
 
@@ -305,14 +305,14 @@ class Pool:
         # A worker that dies right after it was ready, having served nobody, is a crash loop as much as a failed boot.
         if member.reason in (Reason.LEFT, Reason.EXITED) and member.ready_at is None and not fresh:
             # Told to leave while it booted, by somebody or by itself at every boot: back-off, but no failed reload.
-            self._slots.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
+            self.slot_backoffs.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
         healthy = served or (member.ready_at is not None and now - member.ready_at >= pacing.HEALTHY)
         if fresh or (member.ready_at is not None and not healthy and not asked and status != SIGKILL):
-            self._slots.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
+            self.slot_backoffs.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
             if member.generation == self.candidate:
                 self._abandon()
         elif member.ready_at is not None and healthy:
-            self._slots.pop(member.slot, None)
+            self.slot_backoffs.pop(member.slot, None)
         by_others = status is not None and status < 0 and not (member.killed or member.aborted)
         if by_others and (member.reason.ordered or member.reason is Reason.EXITED):
             member.reason = Reason.KILLED
@@ -393,8 +393,8 @@ class Pool:
                     yield m.signal_at
         if self.stage is Stage.SERVING:
             for slot, *_ in self._wanted_spawns():
-                backoff = self._slots.get(slot)
-                yield max(self._system.until, backoff.until if backoff else 0.0)
+                backoff = self.slot_backoffs.get(slot)
+                yield max(self.system_backoff.until, backoff.until if backoff else 0.0)
 
     def _escalate(self, m: Member, now: float) -> Order | None:
         """The next step of making one worker leave. The last one is repeated until it is gone."""
@@ -467,11 +467,11 @@ class Pool:
 
     def _increase(self, now: float) -> list[Order]:
         """Spawn those who are missing and not in back-off."""
-        if now < self._system.until:
+        if now < self.system_backoff.until:
             return []
         found: list[Order] = []
         for slot, generation, need in self._wanted_spawns():
-            backoff = self._slots.get(slot)
+            backoff = self.slot_backoffs.get(slot)
             if backoff is None or now >= backoff.until:
                 found.append(Spawn(slot, generation, need))
         return found
@@ -496,7 +496,7 @@ class Pool:
         free = (slot for slot in itertools.count() if slot not in taken)
         for slot, (generation, need) in zip(free, wanted, strict=False):
             # Before anybody was ever ready, a slot that failed has said all it can say, but for the next generation.
-            if self._ever_ready or slot not in self._slots or generation == self.candidate:
+            if self._ever_ready or slot not in self.slot_backoffs or generation == self.candidate:
                 yield slot, generation, need
 
     # -- reload ----------------------------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ class Pool:
         self._options = {self.generation: self.options, self.candidate: options}
         self._rolling, self._again = True, None
         # The operator says that it is mended: try at once.
-        for backoff in self._slots.values():
+        for backoff in self.slot_backoffs.values():
             backoff.until = 0.0
         self.events.append((PoolEvent.RELOAD_BEGINS, self.candidate))
 
