@@ -213,7 +213,7 @@ class Master:
         self._inbox.close()
 
     def snapshot(self, now: float) -> PoolSnapshot:
-        """The pool as it is. In the thread of the loop: for hooks of the program, and for what the loop itself serves."""
+        """The pool as it is. To be called in the loop's thread: by a hook of the program, or a step of the loop."""
         return snapshot(now, self.pool, self.board, self._stop.stage, self._reaper.last_exits)
 
     def _over(self) -> bool:

@@ -26,7 +26,11 @@ Start = Callable[[WorkerContext, Callable[[], None]], int]
 
 @dataclass(slots=True)
 class WorkerHandle:
-    """The worker to the master: a process with two pipes. What is wanted of it is in the pool's `Member`."""
+    """The worker to the master: a process and two pipes. What is wanted of it is in the pool's `Member`.
+
+    The two are apart because the pool is pure, and because a worker for a single request (`handle_request()`) has a
+    process but no pool.
+    """
 
     slot: int
     generation: int

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import prefork.rules.pacing as pacing
-from prefork.rules.states import TRANSITIONS, Event, State
+from prefork.rules.states import ROLLOUT, TRANSITIONS, Event, Rollout, RolloutEvent, State
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import MAX_WORKERS, Options
@@ -96,7 +96,10 @@ class PoolEvent(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One live worker, as the pool knows it."""
+    """The worker to the pool: what is wanted of it, and what it has answered.
+
+    Its process and pipes are the master's `WorkerHandle`, its cells of shared memory a `Slot`.
+    """
 
     slot: int
     pid: int
@@ -124,7 +127,7 @@ class Member:
 
 
 class Pool:
-    """The roster and what is wanted of it.
+    """The members of a pool, and what is wanted of them.
 
     Parameters
     ----------
@@ -135,10 +138,11 @@ class Pool:
         Source of jitter.
     """
 
-    SIGNAL_GAP = 0.02  # first repetition of an order that was not understood; doubles
-    LAST_GAP = 0.5
-    UNHEARD = 0.3  # a worker that must leave at once and does not even say so is killed
-    TEARDOWN = 2.0  # one that said so may use this long for its teardown
+    # Seconds:
+    SIGNAL_GAP = 0.02  # to the first repetition of an order that was not understood; doubles
+    LAST_GAP = 0.5  # and at most
+    UNHEARD = 0.3  # until a worker is killed that must leave at once and does not even say that it does
+    TEARDOWN = 2.0  # that a worker which said so has for its teardown
     DUMP = 0.5  # between the order to show its stacks, of which it dies, and SIGKILL for one that is stopped
     AGAIN = 0.5  # between two SIGKILLs: the system may have refused the first
 
@@ -154,7 +158,7 @@ class Pool:
         self._options = {1: options}
         self._resized = False  # by an order, which counts more than the settings of a generation
         self._again: Options | None = None  # of the reload that is to follow the one under way
-        self._rolling = False
+        self.rollout = Rollout.NONE
         self._ever_ready = False
         self._announced = False
         self.slot_backoffs: dict[int, pacing.Backoff] = {}
@@ -196,7 +200,7 @@ class Pool:
 
     @property
     def reloading(self) -> bool:
-        return self._rolling
+        return self.rollout is not Rollout.NONE
 
     @property
     def boot_failed(self) -> bool:
@@ -248,6 +252,7 @@ class Pool:
             self._retire(member, Reason.STOPPED, now)
         if member.state is State.READY and member.generation == self.candidate:
             self.generation, self.candidate = self.candidate, None
+            self._roll(RolloutEvent.PROVEN)
             self.slot_backoffs.clear()  # what failed was another generation
             if not self._resized:
                 self.size = member.options.workers
@@ -332,8 +337,9 @@ class Pool:
         if self.stage is not Stage.SERVING:
             return
         options = options or self.options
-        if self._rolling:
+        if self.reloading:
             self._again = options
+            self._roll(RolloutEvent.ASKED)
         else:
             self._begin(options)
 
@@ -345,14 +351,15 @@ class Pool:
         if stage <= self.stage:
             return
         self.stage = stage
-        self.candidate, self._rolling, self._again = None, False, None
+        self.candidate, self._again = None, None
+        self._roll(RolloutEvent.STOPPED)
         for member in list(self.members.values()):
             if stage is Stage.DRAINING and member.state is State.RETIRING:
                 continue
             self._retire(member, Reason.STOPPED, now)
 
     def grant(self, seconds: float) -> None:
-        """Move every deadline: the master was away for so long, and nobody's time shall count against him."""
+        """The master was away for so many seconds: extend every deadline by them."""
         for member in self.members.values():
             member.boot_deadline += seconds
             if member.kill_at is not None and not (member.aborted or member.killed):
@@ -370,11 +377,11 @@ class Pool:
                 self.condemn(member.pid, Reason.BOOT_TIMEOUT, now)
         if self.stage is Stage.SERVING:
             self._reduce(now)
-        found: list[Order] = [order for m in self.members.values() if (order := self._escalate(m, now)) is not None]
+        orders: list[Order] = [order for m in self.members.values() if (order := self._escalate(m, now)) is not None]
         if self.stage is Stage.SERVING:
             self._settle()
-            found += self._increase(now)
-        return found
+            orders += self._increase(now)
+        return orders
 
     def next_deadline(self) -> float | None:
         """The earliest time at which `orders()` may have something new to say without a further event."""
@@ -401,7 +408,7 @@ class Pool:
         if m.state is not State.RETIRING:
             return None
         if m.kill_at is not None and now >= m.kill_at:
-            # Where nobody will read the stacks, or there is nothing in hand, there is no dump.
+            # Where nobody will read the stacks, or there is no request, there is no dump.
             unread = self.stage >= Stage.FAST or (m.ready_at is None and m.reason is not Reason.BOOT_TIMEOUT)
             if m.killed or m.aborted or unread:
                 m.killed = True
@@ -431,14 +438,14 @@ class Pool:
         member.quitting = self.stage is Stage.FAST
         member.acknowledged = False
         if member.quitting or member.ready_at is None:
-            # It has no request in hand, or is not to finish it.
+            # It has no request in progress, or is not to finish it.
             member.kill_at = now + self.UNHEARD
         else:
-            # Also where there is no time for a request, one that has none in hand shall leave by itself.
+            # Also where there is no time for a request, a worker that has none shall leave by itself.
             member.kill_at = now + max(self.UNHEARD, member.options.graceful_timeout)
 
     def _reduce(self, now: float) -> None:
-        """Ask those to leave who are not needed any more."""
+        """Ask the workers to leave that are not needed any more."""
         stale = [m for m in self.serving if not self._fresh(m)]
         kept = (self.generation, self.candidate)
         for m in stale:
@@ -466,15 +473,15 @@ class Pool:
                 surplus, spare = surplus - 1, spare - 1
 
     def _increase(self, now: float) -> list[Order]:
-        """Spawn those who are missing and not in back-off."""
+        """Spawn the workers that are missing and not in back-off."""
         if now < self.system_backoff.until:
             return []
-        found: list[Order] = []
+        orders: list[Order] = []
         for slot, generation, need in self._wanted_spawns():
             backoff = self.slot_backoffs.get(slot)
             if backoff is None or now >= backoff.until:
-                found.append(Spawn(slot, generation, need))
-        return found
+                orders.append(Spawn(slot, generation, need))
+        return orders
 
     def _wanted_spawns(self) -> Iterator[tuple[int, int, Need]]:
         """Which slot should get a worker of which generation, and why, whether or not it may have one yet."""
@@ -505,23 +512,28 @@ class Pool:
         self._newest += 1
         self.candidate = self._newest
         self._options = {self.generation: self.options, self.candidate: options}
-        self._rolling, self._again = True, None
+        self._again = None
+        self._roll(RolloutEvent.ASKED)
         # The operator says that it is mended: try at once.
         for backoff in self.slot_backoffs.values():
             backoff.until = 0.0
         self.events.append((PoolEvent.RELOAD_BEGINS, self.candidate))
 
+    def _roll(self, event: RolloutEvent) -> None:
+        self.rollout = ROLLOUT[self.rollout, event]
+
     def _abandon(self) -> None:
         assert self.candidate is not None
         self.events.append((PoolEvent.RELOAD_FAILED, self.candidate))
-        self.candidate, self._rolling = None, False
+        self.candidate = None
+        self._roll(RolloutEvent.FAILED)
         if self._again:
             self._begin(self._again)
 
     def _settle(self) -> None:
-        """Notice that what was wanted has come about."""
+        """Notice that the pool is as it is wanted."""
         ready = self.ready
-        # Whether some are worn does not matter: a pool that recycles all the time would never settle.
+        # Whether some are to be recycled does not matter: a pool that recycles all the time would never settle.
         if self.candidate is not None or len(ready) < self.size or any(m.generation != self.generation for m in ready):
             return
         if any(m.generation != self.generation and m.ready_at and not m.acknowledged for m in self.members.values()):
@@ -529,8 +541,8 @@ class Pool:
         if not self._announced:
             self._announced = True
             self.events.append((PoolEvent.READY, self.generation))
-        if self._rolling:
-            self._rolling = False
+        if self.rollout is Rollout.ROLLING:
+            self._roll(RolloutEvent.REPLACED)
             self.events.append((PoolEvent.RELOAD_SERVES, self.generation))
             if self._again:
                 self._begin(self._again)

@@ -19,8 +19,8 @@ KILL
 import enum
 
 SETTLE = 0.005  # seconds in which a handshake that has begun on this machine completes
-HANDSHAKES = 0.25  # and how long to wait for those of distant clients, which the kernel shows as half-open
-LAST_CALLS = 3  # workers that may be forked for a queue that a stop has lost its workers before
+HANDSHAKES = 0.25  # seconds to wait for those of distant clients, which the kernel shows as half-open
+LAST_CALLS = 3  # workers that may be forked for the queue after all workers were lost in a stop
 
 
 class Stage(enum.IntEnum):
@@ -51,6 +51,8 @@ ESCALATION: dict[tuple[str, Stage], Stage] = {
     ("SIGQUIT", Stage.KILL): Stage.KILL,
 }
 
+PROGRESS = {Stage.SETTLING: Stage.DRAINING}  # what follows by itself, once handshakes have had their time
+
 
 class StopSequence:
     """The stop of one pool.
@@ -62,7 +64,7 @@ class StopSequence:
         self.stage = Stage.SERVING
         self.due: float | None = None
         self._handshakes_until = 0.0
-        self._queue_until = 0.0
+        self._queue_until: float | None = None  # None: not yet, or its end was seen
         self._last_calls = LAST_CALLS
 
     @property
@@ -70,7 +72,7 @@ class StopSequence:
         return self.stage is not Stage.SERVING
 
     def rise(self, stage: Stage, now: float, *, handshakes: bool) -> bool:
-        """Go on to a harder stage. Whether it is one.
+        """Go on to a harder stage. Whether it is harder than the present one.
 
         Parameters
         ----------
@@ -88,22 +90,24 @@ class StopSequence:
 
     def settle(self, now: float, *, half_open: bool, graceful_timeout: float) -> bool:
         """The time to wait for handshakes is over, or (`half_open`) some have not completed. Whether to drain now."""
-        if self.stage is not Stage.SETTLING or self.due is None or now < self.due:
+        if self.stage not in PROGRESS or self.due is None or now < self.due:
             return False
         if half_open and now < self._handshakes_until:
             self.due = now + SETTLE
             return False
-        self.stage, self.due = Stage.DRAINING, None
+        self.stage, self.due = PROGRESS[self.stage], None
         self._queue_until = now + graceful_timeout
         return True
 
     def found_empty(self) -> None:
         """A worker left because the queue was empty."""
-        self._queue_until = 0.0
+        self._queue_until = None
 
     def may_have_queue(self, now: float) -> bool:
         """Whether nobody has seen the end of the queue yet, and one more worker may be forked for it."""
-        return self.stage is Stage.DRAINING and now < self._queue_until and self._last_calls > 0
+        if self.stage is not Stage.DRAINING or self._queue_until is None:
+            return False
+        return now < self._queue_until and self._last_calls > 0
 
     def called(self) -> None:
         """A worker was forked for the queue."""

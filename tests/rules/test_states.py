@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from prefork.rules.states import TRANSITIONS, Event, Phase, State
+from prefork.rules.states import ROLLOUT, TRANSITIONS, Event, Phase, Rollout, RolloutEvent, State
 from prefork.rules.stop_sequence import Stage
 
 DRAWING = """
@@ -37,3 +37,16 @@ def test_orders_of_severity() -> None:
     assert list(Stage) == sorted(Stage)
     assert Phase.BOOTING < Phase.SERVING < Phase.DRAINING < Phase.LEAVING
     assert int(Phase.BOOTING) == 0, "a cleared slot is that of a booting worker"
+
+
+def test_a_reload_can_be_asked_for_and_stopped_at_any_time() -> None:
+    """A reload is remembered while another is under way, and a stop ends it, however far it has come."""
+    for rollout in Rollout:
+        assert ROLLOUT[rollout, RolloutEvent.ASKED] is (Rollout.PROVING if rollout is Rollout.NONE else rollout)
+        assert ROLLOUT[rollout, RolloutEvent.STOPPED] is Rollout.NONE
+
+
+def test_only_an_unproven_generation_fails() -> None:
+    """Once a worker of a generation was ready there is no way back to the former one."""
+    assert {before for before, event in ROLLOUT if event is RolloutEvent.FAILED} == {Rollout.PROVING}
+    assert {before for before, event in ROLLOUT if event is RolloutEvent.REPLACED} == {Rollout.ROLLING}
