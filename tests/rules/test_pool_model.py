@@ -1,4 +1,4 @@
-"""The pool against a fake kernel and clock: whatever happens, in whatever order, the rules in `pool` hold.
+"""The pool and its stop against a fake kernel and clock: whatever happens, in whatever order, their rules hold.
 
 Two drivers share the `World`: hypothesis, which shrinks what it finds, and a random walk, which goes far.
 `PREFORK_MODEL_STEPS=5000000` and `PREFORK_MODEL_EXAMPLES=5000` go further, `PREFORK_MODEL_SEED=2` elsewhere; a failure
@@ -114,10 +114,10 @@ class Model(RuleBasedStateMachine):
         self.world.reload()
         self.done(look)
 
-    @rule(stage=st.sampled_from(STOPS), really=st.integers(0, 9), look=look)
-    def stop(self, stage: Stage, really: int, look: bool) -> None:
-        if really == 0 or self.world.pool.stage is not Stage.SERVING:
-            self.world.stop(stage)
+    @rule(signal=st.sampled_from(SIGNALS), really=st.integers(0, 9), look=look)
+    def stop(self, signal: str, really: int, look: bool) -> None:
+        if really == 0 or self.world.sequence.begun:
+            self.world.signal(signal)
         self.done(look)
 
     def teardown(self) -> None:
@@ -177,7 +177,7 @@ def step(world: World, pick: random.Random, calm: float) -> None:
     elif kind < 0.97:
         event = (world.suspend, pick.choice((0.6, 5.0)))
     elif kind < 0.98:
-        event = (world.stop, pick.choice(STOPS))
+        event = (world.signal, pick.choice(SIGNALS))
     else:
         event = (world.pass_time, 1000.0)
     act, *arguments = event
@@ -188,10 +188,10 @@ def step(world: World, pick: random.Random, calm: float) -> None:
         world.look()
 
 
-def test_random_walk() -> None:
-    """Through STEPS events of every kind no rule is broken, and after each episode the pool converges or stops."""
-    for episode in range(max(1, STEPS // EPISODE)):
-        seed = f"{SEED}:{episode}"
+def walk(steps: int, name: str) -> None:
+    """Episodes of random events until there were so many; `name` tells this walk's dice from those of another."""
+    for episode in range(max(1, steps // EPISODE)):
+        seed = f"{name}:{episode}"
         pick = random.Random(seed)
         world = World(seed, **options_of(pick))
         world.deaf = pick.choice((0.0, 0.2, 1.0))
