@@ -23,7 +23,8 @@ from prefork.kernel.own_process import set_title
 from prefork.kernel.program_directory import ProgramDirectory
 from prefork.link.worker_context import WorkerContext
 from prefork.servers.runner import ServerHooks, run_pool
-from prefork.settings.settings import Options, Setting, declared
+from prefork.settings.declaration import Setting
+from prefork.settings.settings import Options, declared
 
 log = logs.get("prefork")
 
@@ -96,7 +97,7 @@ def _run(program: Program, options: Options) -> int:
         options,
         start,
         ServerHooks(()),  # the master has no program in it, so there is nothing to call
-        check=lambda: program.probe(options.boot_timeout),
+        probe=lambda: program.probe(options.boot_timeout),
         collect=program.collect,
         adopts=os.getpid() == 1,
     )

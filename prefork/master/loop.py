@@ -23,16 +23,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import prefork.kernel.inherited_pipes as inherited_pipes
 import prefork.kernel.log_rotation as log_rotation
 import prefork.kernel.logs as logs
+import prefork.kernel.signal_inbox as signal_inbox
 import prefork.link.lifeline as lifeline
 import prefork.rules.pacing as pacing
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
 from prefork.errors import BootError
 from prefork.kernel.listener import Listener
-from prefork.kernel.process import prepare
+from prefork.kernel.own_process import prepare
 from prefork.link.scoreboard import Scoreboard
 from prefork.master.guard import Guard
 from prefork.master.judge import Judge
@@ -112,7 +112,7 @@ class Master:
         self.listeners, self.hooks = list(listeners), hooks
         self.pool = pool.Pool(options, random.Random())
         self.board = Scoreboard()
-        self._inbox = inbox.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
+        self._inbox = signal_inbox.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
         self._guard = Guard()
         self._stop = Stop(self.listeners, self.pool, self.board)
         self._roster = Roster(
@@ -333,7 +333,7 @@ class Master:
         elif signum is signal.SIGTTOU:
             self._resize(self.pool.size - 1)
         elif signum is signal.SIGUSR1:
-            logs.reopen()
+            log_rotation.reopen()
             for pid in self._roster.handles:
                 self._roster.send(pid, signal.SIGUSR1)
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import prefork.kernel.logs as logs
 from prefork.errors import PreforkError
-from prefork.kernel.inbox import Inbox
+from prefork.kernel.signal_inbox import Inbox
 from prefork.master.roster import Roster
 from prefork.master.stop import Stop
 from prefork.rules.pool import Pool

@@ -8,12 +8,13 @@ import signal
 import time
 from collections.abc import Sequence
 
+import prefork.kernel.inherited_pipes as inherited_pipes
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-import prefork.link.lifeline as lifeline
+import prefork.link.uplink as uplink
 import prefork.rules.pool as pool
-from prefork.kernel.inbox import Inbox
 from prefork.kernel.listener import Listener, describe
+from prefork.kernel.signal_inbox import Inbox
 from prefork.link.scoreboard import Scoreboard
 from prefork.master.guard import Guard
 from prefork.master.stop import Stop
@@ -62,7 +63,7 @@ class Roster:
         self._pool, self._board, self._listeners, self._stop = members, board, listeners, stop
         self._inbox, self._guard = inbox, guard
         self._start, self._title, self._use_pidfd = start, title, use_pidfd
-        self._pipes = processes.pipes()
+        self._pipes = inherited_pipes.snapshot()
         self._threads_named = False
         self._refused_in: float | None = None  # the last turn in which the system refused a fork
 
@@ -138,17 +139,17 @@ class Roster:
             handle.closed_at = now
             self._inbox.unwatch(handle.link.fd)
         for message, text in messages.items():
-            if message == lifeline.READY:
+            if message == uplink.READY:
                 self._pool.booted(pid, now)
-            elif message == lifeline.LEAVES:
+            elif message == uplink.LEAVES:
                 self._pool.leaves(pid, now)
-            elif message == lifeline.STUCK:
+            elif message == uplink.STUCK:
                 self._pool.leaves(pid, now, Reason.REQUEST_TIMEOUT)
-            elif message == lifeline.EXITS:
+            elif message == uplink.EXITS:
                 self._pool.leaves(pid, now, Reason.EXITED)
-            elif message == lifeline.RECYCLE:
+            elif message == uplink.RECYCLE:
                 self._pool.request_recycle(pid, _plain(text))
-            elif message == lifeline.STOP:
+            elif message == uplink.STOP:
                 log.info("worker %d (pid %d) asks the pool to stop: shutdown() was called in it", handle.slot, pid)
                 self._stop.escalate(Stage.SETTLING)
 

@@ -22,7 +22,7 @@ from prefork.errors import PreforkError
 from prefork.kernel.listener import Listener, describe
 from prefork.link.worker_context import WorkerContext
 from prefork.master.worker_handle import Start
-from prefork.rules.states import Stop
+from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import WorkerExit
 from prefork.servers.single import SingleWorkers
 from prefork.settings.settings import Options
@@ -88,7 +88,7 @@ def run_pool(
         master.run(poll_interval)
     except BaseException:
         if master.pids:
-            master.stop(Stop.KILL)
+            master.stop(Stage.KILL)
             master.run()
         raise
     finally:

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from prefork.rules.states import State, Stop
+from prefork.rules.states import State
 from prefork.rules.worker_exit import Reason
-from rules.world import LEAVING, PROMPT, Fate, World, options_of
+from rules.world import LEAVING, PROMPT, SIGNALS, Fate, World, options_of
 
 STEPS = int(os.environ.get("PREFORK_MODEL_STEPS", "100000"))
 SEED = os.environ.get("PREFORK_MODEL_SEED", "1")
@@ -204,6 +204,18 @@ def walk(steps: int, name: str) -> None:
         except BaseException as error:
             error.add_note(f"episode {seed}, {world.options.__dict__}\n" + "\n".join(map(str, world.trace)))
             raise
+
+
+def test_random_walk() -> None:
+    """Through STEPS events of every kind no rule is broken, and after each episode the pool converges or stops."""
+    walk(STEPS, SEED)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_million_events() -> None:
+    """The same through a million events, of other dice."""
+    walk(1_000_000, f"soak {SEED}")
 
 
 # -- at length ---------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_reload_while_workers_wear_out() -> None:
     bench.pool.reload()
     bench.look()
     bench.boot(2)
-    bench.pool.wear_out(2)
+    bench.pool.request_recycle(2)
     bench.look()
     bench.pool.acknowledged(1, bench.now)
     bench.look()

@@ -3,7 +3,8 @@
 import pytest
 
 from prefork.rules.pool import Abort, Kill, Need, Pool, Quit, Retire, Spawn
-from prefork.rules.states import State, Stop
+from prefork.rules.states import State
+from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import Options
 from rules.bench import Bench
@@ -71,7 +72,7 @@ def test_a_reload_that_waits_has_the_last_settings() -> None:
 def test_why_a_worker_left() -> None:
     """Its own words count where it is recycled for them, and are dropped where it leaves for another reason."""
     bench = Bench(2)
-    bench.pool.wear_out(1, "max_requests: 3 of 3")
+    bench.pool.request_recycle(1, "max_requests: 3 of 3")
     (spawn,) = bench.look()
     assert isinstance(spawn, Spawn) and spawn.reason is Need.REPLACEMENT
     bench.boot(3)
@@ -79,8 +80,8 @@ def test_why_a_worker_left() -> None:
     assert isinstance(retire, Retire) and (retire.pid, retire.reason) == (1, Reason.RECYCLED)
     assert (bench.exit(1).reason, bench.exit(2).reason) == (Reason.RECYCLED, Reason.KILLED)
     bench = Bench(1)
-    bench.pool.wear_out(1, "max_requests: 3 of 3")
-    bench.pool.stop(Stop.GRACEFUL, bench.now)
+    bench.pool.request_recycle(1, "max_requests: 3 of 3")
+    bench.pool.stop(Stage.DRAINING, bench.now)
     member = bench.exit(1)
     assert (member.reason, member.why) == (Reason.STOPPED, "")
 
@@ -119,7 +120,7 @@ def test_condemned() -> None:
 def test_condemned_while_it_leaves() -> None:
     """The answer to an earlier order does not put off the end of a worker that hangs."""
     bench = Bench(1)
-    bench.pool.stop(Stop.FAST, bench.now)
+    bench.pool.stop(Stage.FAST, bench.now)
     bench.look()
     bench.pool.condemn(1, Reason.REQUEST_TIMEOUT, bench.now)
     bench.pool.acknowledged(1, bench.now)
@@ -142,7 +143,7 @@ def test_messages_of_strangers() -> None:
     bench = Bench(1)
     for pid in (0, -1, 99):
         bench.boot(pid)
-        bench.pool.wear_out(pid)
+        bench.pool.request_recycle(pid)
         bench.pool.leaves(pid, bench.now)
         bench.pool.acknowledged(pid, bench.now)
         bench.pool.condemn(pid, Reason.REQUEST_TIMEOUT, bench.now)
@@ -167,7 +168,7 @@ def test_grant() -> None:
 def test_graceful_stop() -> None:
     """All are asked to leave, nobody is replaced, and with the last one the pool is done."""
     bench = Bench(2)
-    bench.pool.stop(Stop.GRACEFUL, bench.now)
+    bench.pool.stop(Stage.DRAINING, bench.now)
     assert bench.look() == [Retire(1), Retire(2)]
     assert bench.exit(1).reason is Reason.STOPPED and not bench.pool.done
     bench.exit(2)
@@ -177,7 +178,7 @@ def test_graceful_stop() -> None:
 def test_fast_stop() -> None:
     """Who must leave at once is killed if it does not say that it heard, else after the time for its teardown."""
     bench = Bench(2)
-    bench.pool.stop(Stop.FAST, bench.now)
+    bench.pool.stop(Stage.FAST, bench.now)
     assert bench.look() == [Quit(1), Quit(2)]
     bench.pool.acknowledged(2, bench.now)
     assert bench.look(Pool.UNHEARD) == [Kill(1)]
@@ -189,12 +190,12 @@ def test_stops_only_rise() -> None:
     """A harder stop replaces a softer one at once, never the other way."""
     bench = Bench(1)
     for how, orders in [
-        (Stop.GRACEFUL, [Retire(1)]),
-        (Stop.GRACEFUL, []),
-        (Stop.FAST, [Quit(1)]),
-        (Stop.GRACEFUL, []),
-        (Stop.KILL, [Kill(1)]),
-        (Stop.KILL, []),
+        (Stage.DRAINING, [Retire(1)]),
+        (Stage.DRAINING, []),
+        (Stage.FAST, [Quit(1)]),
+        (Stage.DRAINING, []),
+        (Stage.KILL, [Kill(1)]),
+        (Stage.KILL, []),
     ]:
         bench.pool.stop(how, bench.now)
         assert bench.look() == orders
@@ -206,7 +207,7 @@ def test_a_stop_ends_a_reload() -> None:
     bench = Bench(1)
     bench.pool.reload()
     bench.look()
-    bench.pool.stop(Stop.GRACEFUL, bench.now)
+    bench.pool.stop(Stage.DRAINING, bench.now)
     bench.pool.reload()
     assert bench.look() == [Retire(1), Retire(2)] and not bench.pool.reloading
     bench.exit(1, 2)
@@ -217,5 +218,5 @@ def test_stopping_an_empty_pool() -> None:
     """A pool of which every worker is in back-off stops at once."""
     bench = Bench(1)
     bench.exit(1, crashed=True)
-    bench.pool.stop(Stop.GRACEFUL, bench.now)
+    bench.pool.stop(Stage.DRAINING, bench.now)
     assert bench.look() == [] and bench.pool.done

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefork.rules.pool import Abort, Kill, Order, Pool, PoolEvent, Quit, Retire, Spawn
-from prefork.rules.states import State, Stop
+from prefork.rules.states import Rollout, State
+from prefork.rules.stop_sequence import ESCALATION, HANDSHAKES, LAST_CALLS, SETTLE, Stage, StopSequence
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import Options
 
 PROMPT = 0.05  # seconds that a sound worker takes to boot, and to obey
 LEAVING = (Reason.LEFT, Reason.REQUEST_TIMEOUT, Reason.EXITED)  # told by whom: outside, its deadline, the program
+SIGNALS = ("SIGTERM", "SIGTERM", "SIGINT", "SIGQUIT")
 Fate = Callable[[int], tuple[float | None, float | None]]
 
 
@@ -58,6 +60,11 @@ class World:
         self.failed_at = 0.0  # when a fork or a worker last failed
         self.granted = 0.0
         self.under_way: int | None = None  # the generation of which a reload was begun and not finished
+        self.sequence = StopSequence()
+        self.stop_at = 0.0  # when it began, and when the workers were told of it
+        self.drain_at = 0.0
+        self.queued = False  # clients wait at the listeners
+        self.last_calls: set[int] = set()  # the pids that were forked for the queue
         self.trace: deque[tuple[object, ...]] = deque(maxlen=50)
 
     # -- events -------------------------------------------------------------------------------------------------------
@@ -67,7 +74,7 @@ class World:
 
     def sleep(self) -> None:
         """Nothing happens until the pool wants to be asked."""
-        due = self.pool.next_deadline()
+        due = self.next_deadline()
         self.now = self.now if due is None else max(self.now, due)
 
     def suspend(self, seconds: float) -> None:
@@ -102,7 +109,7 @@ class World:
             process.acknowledged |= process.told is not Quit
 
     def wear(self, pid: int) -> None:
-        self.pool.wear_out(pid)
+        self.pool.request_recycle(pid)
 
     def condemn(self, pid: int) -> None:
         self.pool.condemn(pid, Reason.REQUEST_TIMEOUT, self.now)
@@ -113,8 +120,13 @@ class World:
         process = self.processes.pop(pid)
         generation, ready = self.pool.generation, self.pool.ready
         was_ready = pid in {m.pid for m in ready}
-        member = self.pool.exited(pid, self.now, status=1 if crashed else -9, served=served and process.was_ready)
+        heard = process.told in (Retire, Quit) and not process.deaf
+        status = 1 if crashed else 0 if heard else -9
+        member = self.pool.exited(pid, self.now, status=status, served=served and process.was_ready)
         assert member.state is State.GONE and member.reason is not None
+        if member.reason is Reason.STOPPED and status == 0 and process.was_ready:
+            self.sequence.found_empty()
+            self.queued = False
         if not was_ready or crashed:
             self.failed_at = self.now
         assert self.pool.generation == generation, "a death does not change what is in force"
@@ -125,17 +137,50 @@ class World:
         self.peak = max(self.peak, self.pool.size)
 
     def reload(self) -> None:
-        self.pool.reload()
+        if not self.sequence.begun:
+            self.pool.reload()
 
-    def stop(self, how: Stop) -> None:
-        self.pool.stop(how, self.now)
+    def signal(self, name: str) -> None:
+        """A signal, or for TERM a call of `shutdown()`."""
+        before = self.sequence.stage
+        stage = ESCALATION[name, before]
+        if not self.sequence.rise(stage, self.now, handshakes=True):
+            assert stage is before
+            return
+        if before is Stage.SERVING:
+            self.stop_at, self.queued = self.now, self.rng.random() < 0.7
+        if stage is not Stage.SETTLING:
+            self._stop_workers(stage)
+
+    def _stop_workers(self, stage: Stage) -> None:
+        self.pool.stop(stage, self.now)
         for process in self.processes.values():
             process.told_at = self.now if process.told_at is None else process.told_at
 
     # -- the master ---------------------------------------------------------------------------------------------------
 
+    def next_deadline(self) -> float | None:
+        """Of the pool and of the stop."""
+        return min((at for at in (self.pool.next_deadline(), self.sequence.due) if at is not None), default=None)
+
+    def _go_on_stopping(self) -> None:
+        """As in a turn of the master: the last call, then the end of the handshakes."""
+        sequence = self.sequence
+        if not self.processes and self.queued and sequence.may_have_queue(self.now):
+            assert self.now < self.drain_at + self.options.graceful_timeout, "a last call after graceful_timeout"
+            if (order := self.pool.last_call()) is not None:
+                sequence.called()
+                self._start(order)
+                assert len(self.last_calls) <= LAST_CALLS
+        half_open = self.rng.random() < 0.5
+        if sequence.settle(self.now, half_open=half_open, graceful_timeout=self.options.graceful_timeout):
+            assert self.now >= self.stop_at + SETTLE - 1e-6, "handshakes were cut off"
+            self.drain_at = self.now
+            self._stop_workers(Stage.DRAINING)
+
     def look(self) -> None:
         """Carry out the orders; then there must be nothing to do before the next deadline."""
+        self._go_on_stopping()
         pool = self.pool
         before = {m.pid for m in pool.ready}
         orders = pool.orders(self.now)
@@ -155,7 +200,7 @@ class World:
             return
         process = self.processes[order.pid]
         member = self.pool.members[order.pid]
-        options, stopping = self.options, self.pool.stopping
+        options, stopping = self.options, self.pool.stage
         assert member.state is State.RETIRING
         if process.told is Kill:
             assert isinstance(order, Kill), "another order after Kill"
@@ -166,14 +211,14 @@ class World:
         assert process.told is not Abort or isinstance(order, Kill), "only Kill follows Abort"
         overdue = not process.was_ready and self.now >= process.born + options.boot_timeout
         if isinstance(order, Retire | Quit):
-            assert isinstance(order, Quit) == (stopping is Stop.FAST)
+            assert isinstance(order, Quit) == (stopping is Stage.FAST)
             process.acknowledged &= process.told is Quit or isinstance(order, Retire)
             assert not process.acknowledged, "an order that was understood is repeated"
             if process.told is type(order):
                 assert self.now - process.signal_at > Pool.SIGNAL_GAP - 1e-6, "orders come in a storm"
             process.signal_at = self.now
             process.told_at = self.now if process.told_at is None else process.told_at
-        elif stopping < Stop.FAST and not process.condemned and not overdue:
+        elif stopping < Stage.FAST and not process.condemned and not overdue:
             assert process.told_at is not None, "killed without having been asked"
             grace = options.graceful_timeout if process.was_ready else min(Pool.UNHEARD, options.graceful_timeout)
             assert self.now >= process.told_at + grace - 1e-6, "killed too early"
@@ -181,7 +226,7 @@ class World:
 
     def _fork(self, order: Spawn) -> None:
         pool, live = self.pool, len(self.processes)
-        assert pool.stopping is Stop.NO
+        assert pool.stage is Stage.SERVING
         assert all(p.slot != order.slot for p in self.processes.values()), "two in one slot"
         settled_ones = [m for m in pool.serving if m.generation != pool.candidate]
         surge = pool.size + self.options.max_surge
@@ -189,9 +234,12 @@ class World:
             assert live < surge, "a voluntary spawn beyond the surge"
         assert live < pool.size + surge, "workers that leave pile up"
         assert order.slot < self.peak * 2 + self.options.max_surge
+        self._start(order)
+
+    def _start(self, order: Spawn) -> None:
         if self.failing and self.failing.pop(0):
             self.failed_at = self.now
-            pool.spawn_failed(self.now)
+            self.pool.spawn_failed(self.now)
             return
         self.last_pid += 1
         pid = self.last_pid
@@ -201,7 +249,9 @@ class World:
             None if boots is None else self.now + boots, None if dies is None else self.now + dies,
         )  # fmt: skip
         self.spawns[order.slot] += 1
-        pool.spawned(order, pid, self.now)
+        self.pool.spawned(order, pid, self.now)
+        if self.pool.stage is not Stage.SERVING:
+            self.last_calls.add(pid)
 
     def _check(self, due: float | None) -> None:
         pool, surge = self.pool, self.options.max_surge
@@ -214,6 +264,7 @@ class World:
         unproven = [m for m in members.values() if m.generation not in self.proven and m.generation > 1]
         assert len(unproven) <= 1, "more than one worker of an unproven generation"
         assert not self.proven or pool.generation in self.proven
+        assert (pool.candidate is not None) == (pool.rollout is Rollout.PROVING)
         for events, generation in pool.events:
             if events is PoolEvent.RELOAD_BEGINS:
                 assert self.under_way is None
@@ -222,8 +273,11 @@ class World:
                 assert generation == self.under_way, "a reload ends once, and after it began"
                 self.under_way = None
         pool.events.clear()
-        if pool.stopping is not Stop.NO:
-            assert not serving
+        assert pool.stage is (Stage.SERVING if self.sequence.stage is Stage.SETTLING else self.sequence.stage)
+        due_stop = self.sequence.due
+        assert due_stop is None or self.now < due_stop <= self.stop_at + HANDSHAKES + 2 * SETTLE, "handshakes for ever"
+        if pool.stage is not Stage.SERVING:
+            assert {m.pid for m in serving} <= self.last_calls
             return
         # Long after the last failure nobody is missing, unless too many are on their way out.
         missing = pool.size - len([m for m in serving if m.generation != pool.candidate])
@@ -251,7 +305,7 @@ class World:
             self.look()
             if until():
                 return True
-            due = self.pool.next_deadline()
+            due = self.next_deadline()
             at, process = min(((self._next(p), p) for p in self.processes.values()), default=(end, None), key=_first)
             self.now = max(self.now, min(end, at, end if due is None else due))
             if process is not None and at <= self.now:
@@ -285,9 +339,11 @@ class World:
                 process.boots_at = self.now + PROMPT
         bound = 30.0 + 3 * (self.options.boot_timeout + self.options.graceful_timeout) + self.granted
         pool = self.pool
-        if pool.stopping is not Stop.NO:
-            assert self.run(bound, lambda: not self.processes, 2000), "does not stop"
-            assert pool.done and pool.next_deadline() is None
+        if self.sequence.begun:
+            assert self.run(bound, lambda: pool.done, 2000), "does not stop"
+            assert not self.processes and self.next_deadline() is None
+            left = self.queued and self.sequence.may_have_queue(self.now) and pool.last_call() is not None
+            assert not left, "clients are left in the queue"
         elif not self.run(bound, lambda: self.settled or pool.boot_failed, 3000):
             raise AssertionError("does not converge")
         elif pool.boot_failed:
