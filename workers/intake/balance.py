@@ -1,10 +1,10 @@
 """Sharing out connections that are kept: whose turn it is to take the next one.
 
-A worker that has just taken one is awake, and finds the next before a sibling that the kernel has woken for it has run.
-Left to themselves, a burst goes to one worker, which then has all of these clients while the others idle. So who has
-its share of what all hold, and of what is queued, leaves a queue alone for a moment.
+A worker that has just taken a connection is awake. It finds the next one before a sibling that the kernel has woken for
+it has run. Left to themselves, a burst goes to one worker, which then has all of these clients while the others idle.
+So a worker that has its share of what all hold, and of what is queued, leaves a queue alone for a moment.
 
-Nobody is asked who has found an empty queue after a take, which is nearly everybody: then the kernel's line is enough.
+The check is skipped when the queue is empty after a take, as nearly always: then the kernel's order is fair enough.
 """
 
 import socket
@@ -19,7 +19,7 @@ import prefork.link.scoreboard as scoreboard
 ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings
 YIELD_FOR = 0.01  # seconds for which it is: on a busy machine a worker that was woken waits that long for a processor
 
-# Whose what is queued is.
+# What to do about a queue: nothing, for it is empty; take from it; leave it to siblings.
 EMPTY, TAKE, YIELD = range(3)
 
 _TCP_INFO = socket.TCP_INFO if sys.platform == "linux" else -1
@@ -30,6 +30,23 @@ class SlotOwner(Protocol):
     """It knows this worker's slot of the scoreboard. In a process that the program forks that is another one."""
 
     board: scoreboard.Slot
+
+
+class YieldWindow:
+    """The time for which one queue is left to siblings: `YIELD_FOR` seconds, and then not again for as long."""
+
+    def __init__(self) -> None:
+        self._opened_at = 0.0
+
+    def is_open(self, now: float) -> bool:
+        """Whether to leave the queue to siblings now. A new window opens where there is none."""
+        if now - self._opened_at >= 2 * YIELD_FOR:
+            self._opened_at = now
+        return now - self._opened_at < YIELD_FOR
+
+    def end(self) -> None:
+        """The next window may open at once."""
+        self._opened_at = 0.0
 
 
 class ConnectionBalancer:
@@ -44,7 +61,7 @@ class ConnectionBalancer:
     def __init__(self, fds: Sequence[int], servers: Sequence[Any], owner: SlotOwner) -> None:
         self._servers, self._owner = dict(zip(fds, servers, strict=True)), owner
         self._counted = {fd for fd, server in self._servers.items() if _length(server) is not None}
-        self._since = dict.fromkeys(fds, 0.0)  # when a queue was left to siblings
+        self._windows = {fd: YieldWindow() for fd in fds}
 
     def hold(self, number: int) -> None:
         """Tell siblings how many connections this worker has."""
@@ -57,11 +74,12 @@ class ConnectionBalancer:
         return int(readiness.is_readable(fd))  # a fraction of what a vain accept costs
 
     def whose(self, fd: int, held: int, single: bool) -> int:
-        """Whose the queue of a listener is: `EMPTY` (it is empty), `TAKE`, or rather `YIELD`, of the siblings.
+        """What to do about the queue of a listener: `EMPTY` (nothing is there), `TAKE`, or `YIELD` to siblings.
 
-        To be asked after a take. The one that was taken stays, so its worker was quick; a sibling that the kernel has
-        woken for the next one may not have run yet. As long as one is free and this worker has its share, leave the
-        queue alone and ask again after `ASIDE` seconds. In vain for `YIELD_FOR` seconds, it is `TAKE` for as long.
+        To be asked after a take. The connection that was taken stays, so its worker was quick; a sibling that the
+        kernel has woken for the next one may not have run yet. As long as a sibling is free and this worker has its
+        share, leave the queue alone and ask again after `ASIDE` seconds. In vain for `YIELD_FOR` seconds, it is `TAKE`
+        for as long.
 
         Parameters
         ----------
@@ -73,16 +91,13 @@ class ConnectionBalancer:
         self.hold(held)
         queued = self.queued(fd)
         if not queued or not self._owner.board.has_share(held, queued, single):
-            self._since[fd] = 0.0
+            self._windows[fd].end()
             return TAKE if queued else EMPTY
-        now = monotonic()
-        if now - self._since[fd] >= 2 * YIELD_FOR:
-            self._since[fd] = now
-        return YIELD if now - self._since[fd] < YIELD_FOR else TAKE
+        return YIELD if self._windows[fd].is_open(monotonic()) else TAKE
 
 
 def _length(server: Any) -> int | None:
-    """Of its listener's queue, where the kernel says so: of TCP, on Linux."""
+    """The length of the queue of its listener, where the kernel says so: of TCP, on Linux."""
     listener: socket.socket = server.socket  # another object than before where its TLS is the event loop's
     try:
         info = listener.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _UNACKED.stop)

@@ -20,7 +20,7 @@ import prefork.workers.intake.batch as batch
 from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
 from prefork.workers.intake.acceptor import Acceptor
-from prefork.workers.intake.balance import EMPTY, TAKE, YIELD, YIELD_FOR, ConnectionBalancer
+from prefork.workers.intake.balance import EMPTY, TAKE, YIELD, YIELD_FOR, ConnectionBalancer, YieldWindow
 from support import Address, dial, elapse
 from support.scripts import Start, path_of_modules
 from support.web import Web
@@ -183,15 +183,26 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
         for _ in range(3):
             assert balancer.whose(fd, 2, single=True) == YIELD
         assert mine.ints[scoreboard.HELD] == 2
-        balancer._since[fd] -= YIELD_FOR
+        balancer._windows[fd]._opened_at -= YIELD_FOR
         assert balancer.whose(fd, 2, single=True) == TAKE
-        balancer._since[fd] -= YIELD_FOR
+        balancer._windows[fd]._opened_at -= YIELD_FOR
         assert balancer.whose(fd, 2, single=True) == YIELD
         other.floats[scoreboard.BUSY_SINCE] = 1.0
         assert balancer.whose(fd, 2, single=True) == TAKE
         for _ in range(2):
             stack.enter_context(server.get_request()[0])
         assert balancer.whose(fd, 2, single=True) == EMPTY
+
+
+def test_for_how_long_a_queue_is_left() -> None:
+    """It is left for a time, not left for as long, and then left again; at once where it was empty meanwhile."""
+    window, step = YieldWindow(), YIELD_FOR / 10
+    assert window.is_open(100.0)
+    left = [window.is_open(100.0 + (number + 0.5) * step) for number in range(30)]
+    assert left == [True] * 10 + [False] * 10 + [True] * 10
+    assert not window.is_open(100.0 + 31 * step)
+    window.end()
+    assert window.is_open(100.0 + 31 * step)
 
 
 def test_each_queue_is_left_for_itself() -> None:
@@ -208,7 +219,7 @@ def test_each_queue_is_left_for_itself() -> None:
         for _ in range(2):
             stack.enter_context(dial(Address("tcp", *servers[one].server_address)))
         assert balancer.whose(one, 2, single=False) == YIELD
-        balancer._since[one] -= YIELD_FOR
+        balancer._windows[one]._opened_at -= YIELD_FOR
         assert balancer.whose(other, 2, single=False) == EMPTY
         assert balancer.whose(one, 2, single=False) == TAKE
 
