@@ -1,7 +1,7 @@
 """What the classes with an event loop have in common: the loop, and requests that it ends by itself.
 
-What the loop's turning can end, the loop ends: a request past its deadline is cancelled by a timer. The master only
-finds a loop that does not turn.
+As long as the loop turns, a timer of the loop cancels a request past its deadline. The master acts only where the loop
+does not turn any more.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ logs.get("asyncio")  # on which a loop reports what its callbacks raise
 TURN = 0.02  # seconds between two looks of a worker that leaves
 CLEANUP = 2.0  # seconds that a request has for its `finally` blocks once it was interrupted
 HANDSHAKE = 10.0  # seconds that a client has for the beginning of TLS
-SHUTDOWN = 5.0  # and for its end: one that does not answer holds its connection, and a stop, for so long
+SHUTDOWN = 5.0  # seconds that it has for the end of TLS: without an answer it delays its connection's end, and a stop
 _EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop counts in milliseconds
 
 
@@ -40,14 +40,14 @@ class TaskRequest(ActiveRequest):
     """A request that a task has in hand. Past its deadline the task is cancelled, and the `with` block makes a
     RequestTimeout of that.
 
-    The timer is not set anew by each extension: it looks, when it is due, whether it still is. Published is always
-    `slack` later than the timer.
+    An extension does not set the timer anew: when the timer rings it looks whether the request is due. The deadline on
+    the scoreboard is always `slack` later than that of the timer.
     """
 
     __slots__ = ("_due", "_loop", "_seconds", "_set_for", "_task", "_timer", "_worker", "interrupted")
 
     def __init__(self, worker: "LoopWorker", peer: object, seconds: float) -> None:
-        super().__init__(worker._requests, peer, seconds + worker.slack if seconds else 0.0)
+        super().__init__(worker._requests, peer, seconds + worker.slack)
         self._worker, self._loop, self._seconds = worker, worker.loop, seconds
         self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -56,10 +56,9 @@ class TaskRequest(ActiveRequest):
 
     def __enter__(self) -> "TaskRequest":
         super().__enter__()
-        if self._seconds:
-            self._task = asyncio.current_task()
-            self._due = self._set_for = self.start + self._seconds
-            self._timer = self._loop.call_later(self._seconds, self._ring)
+        self._task = asyncio.current_task()
+        self._due = self._set_for = self.start + self._seconds
+        self._timer = self._loop.call_later(self._seconds, self._ring)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -71,7 +70,7 @@ class TaskRequest(ActiveRequest):
             for _ in range(self.interrupted):
                 left = self._task.uncancel()
             if not left and isinstance(error[1], asyncio.CancelledError):
-                # From it, for its traceback shows where the request stood.
+                # The traceback of the cancellation shows where the request stood.
                 raise RequestTimeout(f"the request took longer than {self._seconds:g} s") from error[1]
 
     def extend_deadline(self, seconds: float) -> None:
@@ -133,8 +132,8 @@ class LoopWorker(Worker):
         return loop
 
     def _on_fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What is raised in a callback of the loop. Of asyncio's own loop it may be that there is no room for one more
-        connection in its epoll: nobody would ever hear of that connection again. (uvloop leaves all of it to libuv.)"""
+        """A callback of the loop has raised. In asyncio's own loop its epoll may have no room for one more connection:
+        nobody would ever hear of that connection again. (uvloop leaves all of it to libuv.)"""
         error, callback = context.get("exception"), getattr(context.get("handle"), "_callback", None)
         transport, acceptor = getattr(callback, "__self__", None), self._acceptor
         is_full = isinstance(error, OSError) and error.errno in RESOURCE_ERRORS
@@ -150,13 +149,13 @@ class LoopWorker(Worker):
         return ConnectionBalancer(self.acceptor.fds, self.servers, self._requests)
 
     def expired(self) -> None:
-        """The loop has not turned for `slack` seconds after a request was due. Whatever was raised here might hit a
-        neighbour, or the loop itself: the master kills this worker, and its report shows where it stands."""
+        """The loop has not turned for `slack` seconds after a request was due. An exception from here might hit another
+        request, or the loop itself: the master kills this worker, and its report shows where it stands."""
 
     def stubborn(self, request: TaskRequest) -> None:
-        """A request goes on though it was interrupted `CLEANUP` seconds ago: it is in a thread, or does not mind. It is
-        interrupted again and again, and the worker is replaced: its memory and its place among `max_connections` do not
-        come back otherwise."""
+        """A request goes on though it was interrupted `CLEANUP` seconds ago: it waits for a thread, or ignores the
+        interrupt. It is interrupted again and again, and the worker is replaced: otherwise the memory of the request
+        and its place among `max_connections` would not come back."""
         log.warning(
             "worker %d: a request from %s goes on after its RequestTimeout; the worker is to be replaced",
             self.slot,
