@@ -1,8 +1,8 @@
-"""Whether an exception is that of a client who has left, or one of the program.
+"""Whether an exception means that the client has left, or is an error of the program.
 
-A database's connection breaks with the same exceptions as the client's, and that must be seen. So an exception is the
-client's only if the request's own socket is broken and the exception came out of an operation on it, as far as both can
-be known. In doubt it is the program's.
+The connection to a database breaks with the same exceptions as that of the client, and that must be seen. So an
+exception is the client's only if the request's own socket is broken and the exception came out of an operation on it,
+as far as both can be known. In doubt it is the program's.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from prefork.kernel.unpatched import select
 
-# The one that `look_at_stream()` has known; by the time the server is told of it the socket is closed.
+# The exception that `look_at_stream()` has recognised: when the server is told of it the socket is closed already.
 _of_stream: ContextVar[BaseException | None] = ContextVar("_of_stream", default=None)
 
 _BUFFERS = (io.BufferedReader, io.BufferedWriter)
@@ -57,8 +57,8 @@ def look_at_stream(protocol: object, broken: BaseException | None, error: BaseEx
     Parameters
     ----------
     protocol, broken
-        The connection's, and what its reader says of it: an event loop hands its exception to who waits, and a new one
-        to who writes later.
+        The connection's, and the exception of its reader: an event loop raises that one in a task that waits, and a new
+        one in a task that writes later.
     """
     if isinstance(broken, OSError):
         late = isinstance(error, ConnectionError) and _frames(error)[-1].f_locals.get("self") is protocol

@@ -1,9 +1,9 @@
 """Listeners in an event loop: one connection wakes one worker, and each worker has its turn.
 
-An event loop watches with an epoll that knows nothing of siblings: a connection would wake all workers for one of them
-to get it. So each listener that the loop watches is taken out of the loop's epoll and put back with EPOLLEXCLUSIVE,
-behind the loop's back but to the same end: it tells the loop what the loop asked for. (A second epoll with exclusive
-listeners, watched by the first, wakes the herd again: the kernel passes exclusiveness on to waiters only.)
+The epoll of an event loop knows nothing of siblings: a connection would wake all workers, and one of them would get it.
+So the gate takes each listener that the loop watches out of the loop's epoll and puts it back with EPOLLEXCLUSIVE. The
+loop does not notice: the epoll tells it what it asked for. (A second epoll with exclusive listeners, watched by the
+first, wakes all workers again: the kernel passes exclusiveness on to waiters only.)
 
 A worker that has taken something leaves the line while that goes through the loop, and then joins it at its end. So
 others have their turn, the kernel wakes nobody for what a busy worker would take, and connections that came meanwhile
@@ -30,8 +30,8 @@ AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was 
 
 
 class ListenerGate:
-    """What stands between the listeners of an acceptor and an event loop. It is open while there is room for another;
-    where the system has none it pauses.
+    """It stands between the listeners of an acceptor and an event loop. It is open while there is room for another
+    connection. Where the system has no room it pauses.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ class ListenerGate:
         soon(soon, soon, self._rejoin, fd)
 
     def _look(self, fd: int) -> None:
-        """Whether what was left to siblings still is theirs: they may have taken it, or have more by now."""
+        """Look again at a queue that was left to siblings: they may have taken from it, or have their share by now."""
         self._stop_looking(fd)
         if fd in self._out_of_line and self._balancer.whose(fd, self._held(), single=False) == YIELD:
             self._next_looks[fd] = self._loop.call_later(ASIDE, self._look, fd)
@@ -202,8 +202,8 @@ class ListenerGate:
     def _step_back(self, fd: int) -> None:
         """To the end of the kernel's line, which makes a listener exclusive that the loop has begun to watch.
 
-        Never before the loop has put it into its epoll, which libuv does only when it next waits: libuv aborts if it
-        finds it there. So it is taken out first, which fails where it is not in yet.
+        Never before the loop has put it into its epoll: libuv does so only when it next waits, and aborts if it finds
+        the listener there. So take it out first, which fails where it is not in yet.
         """
         if self._is_open and self._epoll is not None:
             try:

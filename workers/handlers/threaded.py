@@ -1,13 +1,13 @@
 """The shipped worker for handlers that wait: several requests at once, a thread each.
 
-The threads take for themselves: one of them is in `accept()`, and lets the next one there when it has taken something,
-if there is a free one. Nothing is handed over, so a request costs 0.7 of what it costs with a thread that accepts and
-a queue; a worker whose threads are all busy does not accept, and the kernel asks its siblings. That all free threads
-accept would be another 0.95; but the kernel asks those who wait in the order in which they came, and a worker with 16
-of them would get 16 connections in a row, or nearly all of them beside one that has started fewer.
+The threads accept by turns: one of them is in `accept()`, and gives the turn to a free thread when it has taken
+something. Nothing is handed over, so a request costs 0.7 of what it costs with a thread that accepts and a queue. A
+worker whose threads are all busy does not accept, and the kernel asks its siblings. With all free threads in `accept()`
+a request would cost 0.95 of what it costs now. But the kernel asks waiters in the order in which they came: a worker
+with 16 waiting threads would get 16 connections in a row, or nearly all of them beside one that has started fewer.
 
-Where a handler class says how to tell that a request is there, what is taken comes from a filter, in which connections
-wait for theirs and hold no thread.
+Where a handler class can tell whether a request is there, threads take from a filter. Connections wait in it for their
+requests and hold no thread.
 
 The main thread serves nothing. It waits for the end, and so is always free for a signal.
 """
@@ -27,7 +27,7 @@ from prefork.workers.handlers.filter import Filter, check_of
 
 log = logs.get("prefork")
 
-_HUNG = RequestTimeout("of a request in a thread")  # among the ends: it is not one, but may keep one from being seen
+_HUNG = RequestTimeout("of a request in a thread")  # put among the ends: a hung thread may keep an end from being seen
 
 
 class ThreadWorker(Worker):
@@ -56,7 +56,7 @@ class ThreadWorker(Worker):
         super().__init__(*arguments)
         self._checks = {server: check for server in self.servers if (check := check_of(server))}
         self._filter: Filter | None = None
-        self._turn = threading.Lock()  # whose it is to accept
+        self._turn = threading.Lock()  # held by the thread that accepts
         self._free: set[int] = set()
         self.threads = self.options.threads or self.THREADS
         self._started = 0
@@ -88,7 +88,7 @@ class ThreadWorker(Worker):
                 trouble = trouble or end
                 self.leave()
         self.finish()
-        with self._turn:  # who had just taken somebody has begun with him before this
+        with self._turn:  # a thread that had just taken a connection has begun its request before this
             self.finish()
         if trouble is not None:
             raise trouble
@@ -99,7 +99,7 @@ class ThreadWorker(Worker):
                 self._filter.leave()
             return
         super().drain()
-        # An accept that has begun is not ended by what was done to the listener, but by a signal to its thread. One
+        # What was done to the listener does not end an accept that has begun; a signal to its thread does. An accept
         # that begins later finds the listener gone: there is no window between the two.
         if self._accepting:
             signal.pthread_kill(self._accepting, INTERRUPT)
@@ -110,7 +110,7 @@ class ThreadWorker(Worker):
             self._ends.put(_HUNG)
 
     def _replace_hung(self) -> None:
-        """Perhaps all threads hang; somebody must be there to find out that there is nothing more to take."""
+        """Perhaps all threads hang: a thread must be there that finds nothing more to take."""
         try:
             threading.Thread(target=self._take_and_serve, name="prefork-last", daemon=True).start()
         except RuntimeError:
@@ -135,7 +135,7 @@ class ThreadWorker(Worker):
                 self._accepting = 0
                 self._free.discard(me)
                 if taken is not None:
-                    # In hand before anybody else can be told that there is nothing more to take.
+                    # In hand before another thread can find that there is nothing more to take.
                     begun = self.serving(taken[2]).begin()
                     if not self._free and self._started < self.threads:
                         self._start_another()
@@ -154,6 +154,6 @@ class ThreadWorker(Worker):
             return
         try:
             self._start()
-        except RuntimeError as error:  # the system has no room for it; whoever is here serves on
+        except RuntimeError as error:  # the system has no room for it; the threads that there are serve on
             self._start_again_at = now + 1.0
             log.warning("worker %d serves %d at once: %s", self.slot, self._started, error)

@@ -4,7 +4,7 @@ One listener: a blocking `accept()` and nothing else between two requests. The k
 waits longest: every worker gets the same share (Jain's index 1.00), and idle workers do not wake up at all. A shared
 poll wakes the herd; SO_REUSEPORT loses what is queued at a worker that dies.
 
-To leave, the handler of TERM does not raise (that lost 784 requests in 1,803): it puts /dev/null in the place of the
+To leave, the handler of TERM does not raise (that lost 784 requests in 1,803). It puts /dev/null in the place of the
 worker's own copy of the listener. An `accept()` that was interrupted is retried (PEP 475) and fails with ENOTSOCK; a
 connection that it had already returned is served. When the whole pool stops nothing is replaced: the listener says
 EAGAIN once its queue is empty.
@@ -14,9 +14,10 @@ epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request. The kernel 
 which they came and stops at the first that waits; one that never moved would get everything (Jain's index 0.02). So a
 worker that took something goes to the end of that line: it takes the listener out of its epoll and puts it back.
 
-What an epoll reports is taken in its order. The first is what woke this worker, and nobody else; for the others, which
-came before it ran, the kernel has asked somebody else as well. The other way round that one finds nothing and sleeps
-again, and the first waits for as long as this worker is busy.
+Listeners are taken from in the order in which an epoll reports them. For the first, the kernel has woken this worker
+and no other. For the others, which became readable before this worker ran, it has woken another one as well. In the
+opposite order that other worker finds nothing and sleeps again, and the first connection waits for as long as this
+worker is busy.
 """
 
 import contextlib
