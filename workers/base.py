@@ -143,10 +143,10 @@ class Worker:
     def expired(self) -> None:
         """A request is past its deadline. It runs in a signal handler of the main thread, and may raise.
 
-        The default raises `RequestTimeout` if that is what the main thread works on, or what that is within. Where it
-        is in another thread, or another task, nothing can be raised in it alone: the stacks of all threads go into the
-        report of this worker's death, it leaves and is replaced. Its other requests have their own deadlines, and
-        `graceful_timeout`; it ends when only those are left that are late.
+        The default raises `RequestTimeout` if the main thread works on that request, or on one within it. In a request
+        of another thread or task alone nothing can be raised. Then the stacks of all threads go into the report of this
+        worker's death, and the worker leaves and is replaced. Its other requests have their own deadlines, and
+        `graceful_timeout`; the worker ends when only late requests are left.
         """
         requests = self._requests
         late = requests.overdue()
@@ -215,8 +215,8 @@ class Worker:
         Parameters
         ----------
         begun
-            From `serving(peer).begin()`, by whoever took it, so that a loop that hands requests to threads knows of
-            each before it is told that there are no more. It is ended here.
+            From `serving(peer).begin()` in the thread that took the request: a loop that hands requests to threads
+            knows of each before it is told that there are no more. It is ended here.
         """
         dispatch.run_chain(self, server, request, peer, begun)
 
@@ -262,7 +262,7 @@ class Worker:
             self.recycle(reason)
 
     def _say_threads(self, number: int) -> None:
-        """So many may keep the main thread from the interpreter when a signal comes: the master waits longer for it."""
+        """So many threads may keep the main one from the interpreter when a signal comes: the master waits longer."""
         self._board.ints[scoreboard.THREADS] = max(number, self._board.ints[scoreboard.THREADS])
 
     # -- signals ---------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class Worker:
             self.expired()
 
     def _hold_signals(self) -> None:
-        """Before the program forks: what is sent to the child at its birth must find the child's own handlers."""
+        """Before the program forks: a signal that the child is sent at its birth must find the child's own handlers."""
         self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OWN_SIGNALS)
 
     def _free_signals(self) -> None:
@@ -316,8 +316,8 @@ class Worker:
     def _disown(self) -> None:
         """In a child that the program forks from a worker: it is no worker, and must not speak, write or accept as one.
 
-        A listener that it kept would hold the port for as long as it lives, after the pool has stopped. The one of
-        datagrams stays: the answers go through it.
+        A listener that the child kept would hold the port after the pool has stopped, for as long as the child lives. A
+        listener of datagrams stays: the answers go through it.
         """
         if self._disowned:  # a child of such a child: handlers and descriptors are its own by now
             self._free_signals()

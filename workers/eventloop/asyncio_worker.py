@@ -90,12 +90,12 @@ class AsyncioWorker(LoopWorker):
         self.leaving.set()
         if not self._gate.over.done():
             self._gate.end()
-            patience = self.options.graceful_timeout
-            end = self._left_at + patience - min(self.farewell, patience / 4)
+            timeout = self.options.graceful_timeout
+            end = self._left_at + timeout - min(self.farewell, timeout / 4)
             self.loop.call_later(max(0.0, end - monotonic()), self._cut)
 
     def _cut(self) -> None:
-        """The master's patience is about to end: have what is left in hand end by itself."""
+        """`graceful_timeout` is about to end: have what is left in hand end by itself, before the master ends it."""
         self._cut_off = True
         self._room.set()
         if self._tasks:
@@ -132,7 +132,7 @@ class AsyncioWorker(LoopWorker):
         self._gate.freed()
 
     async def _take_rest(self) -> None:
-        """The last look, so that no wake-up is lost that the kernel gave to this worker alone; or the whole queue."""
+        """A last look, for connections for which the kernel has woken this worker alone; or the whole queue."""
         for fd in self.acceptor.fds:
             for number in range(self.acceptor.last_look()):
                 while not self._gate.has_room() and self.pool_drains and not self._cut_off:
@@ -153,7 +153,7 @@ class AsyncioWorker(LoopWorker):
     # -- serving ---------------------------------------------------------------------------------------------------
 
     async def _serve_request(self, server: Any, request: Any, peer: Any) -> None:
-        """One request, from the accept to the close."""
+        """Serve one request, from the accept to the close."""
         serve = self._serve_datagram if server.socket_type == socket.SOCK_DGRAM else self._serve_stream
         try:
             await serve(server, request, peer)
@@ -161,7 +161,7 @@ class AsyncioWorker(LoopWorker):
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            server.handle_error(request, peer)  # it has cancelled itself, or something that it waited for
+            server.handle_error(request, peer)  # the handler has cancelled itself, or something that it waited for
         except Exception:
             server.handle_error(request, peer)
 
@@ -207,7 +207,7 @@ class AsyncioWorker(LoopWorker):
 
 
 class _Dropped(Exception):
-    """A client that is gone before it was served, or has failed in its handshake: no error of the program."""
+    """A client that has left before it was served, or has failed in its handshake: no error of the program."""
 
 
 async def _sent(writer: asyncio.StreamWriter) -> None:

@@ -76,8 +76,8 @@ class _Answers(socket.socket):
 
 
 def _datagrams(server: Any, board: scoreboard.Slot) -> Take:
-    """Receiving and answering need a descriptor each: leaving replaces the one that is received from, while a handler
-    may be about to answer."""
+    """Receiving and answering need a descriptor each: a worker that leaves replaces that of receiving, and a handler
+    may be about to answer then."""
     listener = server.socket
     # Not `listener.dup()`: that sets the timeout anew, and with it undoes the O_NONBLOCK of a stop, for every worker.
     answers = _Answers(listener.family, listener.type, listener.proto)
