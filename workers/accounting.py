@@ -161,8 +161,8 @@ class UntimedRequest(ActiveRequest):
             board, peer = registry.board, self.peer
             board.floats[BUSY_SINCE] = start
             try:  # a client's host seldom changes from one request to the next
-                if peer[0] == board.host:  # type: ignore[index]
-                    board.ints[PEER_PORT] = peer[1]  # type: ignore[index]
+                if type(peer) is tuple and peer and peer[0] == board.host:
+                    board.ints[PEER_PORT] = peer[1]
                 else:
                     board.set_peer(peer)
             except (TypeError, ValueError, IndexError):  # it is no pair of host and port

@@ -167,10 +167,11 @@ def test_in_an_asgi_application() -> None:
         await end(alone)
         assert bench.board.read(0, monotonic()).busy_time >= spent + 0.02
         assert bench.idle and bench.requests == 4 and not bench.worker._requests.open
-        for peer in (None, ("10.0.0.1", None), ("10.0.0.1", -1), ("unix", 7)):
+        peers: list[Any] = [None, ("10.0.0.1", None), ("10.0.0.1", -1), ("unix", 7), (), ("unix",), {}, "unix"]
+        for peer in peers:
             scope = {"type": "http", "client": peer, "until": alone[1]}
             await site.config.loaded_app(scope, None, None)
-        assert bench.idle and bench.requests == 8
+        assert bench.idle and bench.requests == 12
 
     asyncio.run(main())
     bench.close()
