@@ -1,8 +1,7 @@
 """The two ends of a connection of `BufferedHTTPMixIn`: `Writer` holds a reply back, `Wire` receives the requests.
 
-`Wire` is the only place where a handler waits for its client, so three things are done there: it sends what `Writer`
-holds, so that neither side waits for the other; it ends a connection that is idle for too long; and it notices that the
-worker is to leave.
+A handler waits for its client in `Wire` only. There the reply is sent before a wait, so that neither side waits for the
+other; there an idle connection ends; and there a worker notices that it is to leave.
 """
 
 import io
@@ -51,15 +50,7 @@ class Writer(io.BufferedIOBase):
 
 
 class Wire(io.RawIOBase):
-    """The receiving end of a connection.
-
-    Parameters
-    ----------
-    handler
-        A `BufferedHTTPMixIn`: its `connection` and `server`, and its limits `turn`, `parting`, `most_requests`.
-    writer
-        What it holds is sent before each wait.
-    """
+    """The receiving end of a connection of a `BufferedHTTPMixIn`, whose limits it keeps."""
 
     def __init__(self, handler: Any, writer: Writer) -> None:
         self._sock: socket.socket = handler.connection

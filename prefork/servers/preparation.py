@@ -22,13 +22,8 @@ _MASTERS = ("select", "threading")  # standard modules that a master needs as th
 
 
 def prepare(servers: Sequence[Any], kind: type[Worker] | None = None, *, mend: str) -> Options:
-    """Check the servers, for `checked_options()`, and that this process can be a master; return the settings.
-
-    Parameters
-    ----------
-    mend
-        What the program can do instead, where it has patched a module that a master needs.
-    """
+    """`checked_options()` in a process that is to be a master. `mend` tells a program that has patched a module that a
+    master needs what else it can do."""
     refuse_patched(_MASTERS, "a master", mend)
     options = checked_options(servers, kind)
     for server in servers:
@@ -39,20 +34,8 @@ def prepare(servers: Sequence[Any], kind: type[Worker] | None = None, *, mend: s
 def checked_options(
     servers: Sequence[Any], kind: type[Worker] | None = None, absolute: Callable[[str], str] = os.path.abspath
 ) -> Options:
-    """The settings of the first server. All servers and their handlers are checked.
-
-    Parameters
-    ----------
-    kind
-        The class of workers; default: that of the settings.
-    absolute
-        Makes relative paths in the settings absolute.
-
-    Raises
-    ------
-    OptionError
-        A setting, a server or a handler does not fit.
-    """
+    """The settings of the first server, with paths made `absolute`. Raises OptionError where a setting, a server, or a
+    handler does not fit the class of workers (`kind`; default: that of the settings)."""
     if not servers:
         raise OptionError("serve() needs at least one server")
     for server in servers:

@@ -46,17 +46,16 @@ def run_pool(
 
     States
     ------
-    The listeners are opened and named in the log. The master is made: `began(master)`; from then on it takes orders.
-    It serves until it is stopped, on this thread. Without workers the pool is over: `ends(master)`, then the master is
-    closed and takes no order. Where the stop was ordered with `detach` workers may be left: `drains(master, finish)`.
-    The master is as before until somebody, on whatever thread, calls `finish()`: it waits for them, and the pool is
-    over.
+    The listeners are opened and named in the log, the master is made, and `began(master)` may give it to others for
+    orders. It serves on this thread until it is stopped. When no worker is left, `ends(master)` takes it back, and it
+    is closed. A stop with `detach` may leave workers: `drains(master, finish)` sees to it that somebody, on whatever
+    thread, calls `finish()`, which waits for them and does the same.
 
     Who owns what
     -------------
-    The caller owns the sockets and the claims to their paths, and closes them. The master's own descriptors of them are
-    closed with it; the `Listener`s tell afterwards what the stop has done (`spent`, `held`). The master and its workers
-    belong to this call, or to `finish()`.
+    The caller owns the sockets and the claims to their paths, and closes them. The `Listener`s are closed with the
+    master, and tell afterwards what the stop has done (`spent`, `held`). Master and workers belong to this call, or to
+    `finish()`.
 
     Failures
     --------
@@ -65,10 +64,7 @@ def run_pool(
     no `Exception`, such as KeyboardInterrupt, and what `began()` raises: the workers are killed and collected, and it
     is raised again.
 
-    Parameters
-    ----------
-    of_master
-        As of `Master`: how a reload tries the program or reads the settings, and whose other children there are.
+    `of_master` is for `Master`: how a reload tries the program or reads the settings, and what other children it has.
     """
     names = [describe(listener.socket) for listener in listeners]
     for listener, name in zip(listeners, names, strict=True):

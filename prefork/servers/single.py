@@ -46,13 +46,7 @@ class SingleWorkers:
         return {handle.child.pid for handle in self._handles}
 
     def handle_request(self, server: Any) -> None:
-        """Wait at most `timeout` seconds for one request, and fork a worker that serves it.
-
-        Raises
-        ------
-        OptionError
-            A setting or the handler does not fit.
-        """
+        """Wait at most `timeout` seconds for one request, and fork a worker that serves it."""
         if worker_class.resolve(server.worker_class).application:
             raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
         # SyncWorker serves single requests, whatever the pool's worker_class is.

@@ -27,13 +27,7 @@ ENTRY_POINTS = "prefork.workers"  # the group in which other distributions regis
 
 
 def resolve(setting: object) -> type[Worker]:
-    """The class that the setting `worker_class` stands for.
-
-    Raises
-    ------
-    OptionError
-        There is no such class, or it cannot be imported; in one line.
-    """
+    """The class that the setting `worker_class` stands for. Raises OptionError, in one line, where there is none."""
     kind = setting
     if isinstance(setting, str):
         module_name, colon, name = reference(setting).partition(":")
@@ -49,10 +43,9 @@ def resolve(setting: object) -> type[Worker]:
                 kind = getattr(kind, part)
         except OptionError:
             raise  # a class that says by itself what it needs
-        except (ImportError, AttributeError) as error:
-            raise OptionError(f"worker_class: {setting!r} cannot be imported: {error}") from error
         except Exception as error:  # a stranger's module may raise anything
-            why = " ".join(f"{type(error).__name__}: {error}".split())
+            expected = isinstance(error, ImportError | AttributeError)
+            why = error if expected else " ".join(f"{type(error).__name__}: {error}".split())
             raise OptionError(f"worker_class: {setting!r} cannot be imported: {why}") from error
     if not (isinstance(kind, type) and issubclass(kind, Worker)):
         raise OptionError(f"worker_class: {setting!r} is no subclass of prefork.Worker")
