@@ -262,6 +262,13 @@ def test_tests_do_not_sleep() -> None:
     none_of(p for module, tree in TESTS.items() if not module.startswith("programs") for p in sleeps(module, tree))
 
 
+def test_support_is_not_of_prefork() -> None:
+    """What the tests share imports nothing of prefork: a judge does not stand on what it judges."""
+    support = {module: tree for module, tree in TESTS.items() if module.startswith("support")}
+    own = [(module, line) for module, tree in support.items() for line, name, _ in imports(tree) if "prefork" in name]
+    assert support and not own, own
+
+
 def test_no_test_file_is_long() -> None:
     """No file of the tests is too long to find a test in it: its name says what it is about."""
     none_of(problem for module, tree in TESTS.items() for problem in long_modules(module, tree))
