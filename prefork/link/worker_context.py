@@ -13,7 +13,7 @@ INTERRUPT = signal.SIGXCPU
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """The place of one worker in its pool. All of it is inherited by the fork."""
+    """The worker before it begins: what the master gives to it, all of it inherited by the fork."""
 
     slot: int
     generation: int

@@ -53,9 +53,9 @@ class Reaper:
         self._roster, self._pool, self._board, self._stop, self._guard = roster, pool, board, stop, guard
         self._worker_exited, self._collect_others, self._adopts = worker_exited, collect_others, adopts
 
-    def look_at(self, time: float) -> None:
+    def look_at(self, due: float) -> None:
         """Look at this time, or before."""
-        self.due = time if self.due is None else min(self.due, time)
+        self.due = due if self.due is None else min(self.due, due)
 
     def reap(self, now: float, *, probing: bool) -> None:
         """Collect every worker that has ended, and report it.

@@ -86,7 +86,7 @@ _SERVING = (State.STARTING, State.READY)
 
 
 class PoolEvent(enum.Enum):
-    """What happened to the pool as a whole, for the log and for whoever waits."""
+    """What happened to the pool as a whole, for the log."""
 
     READY = "pool ready"
     RELOAD_BEGINS = "reload begins"
@@ -157,7 +157,7 @@ class Pool:
         self._newest = 1
         self._options = {1: options}
         self._resized = False  # by an order, which counts more than the settings of a generation
-        self._again: Options | None = None  # of the reload that is to follow the one under way
+        self._remembered: Options | None = None  # of the reload that is to follow the one under way
         self.rollout = Rollout.NONE
         self._ever_ready = False
         self._announced = False
@@ -189,7 +189,7 @@ class Pool:
 
     @property
     def request_timeout(self) -> float | None:
-        """The shortest that any worker has, in seconds; None: nobody has one."""
+        """The shortest that any worker has, in seconds; None: no worker has one."""
         limits = (m.options.request_timeout for m in self.members.values())
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -214,7 +214,8 @@ class Pool:
         return not self.members and (self.stage is not Stage.SERVING or self.boot_failed)
 
     def last_call(self) -> Spawn | None:
-        """One more worker for a graceful stop in which nobody is left to empty the queue, if one may be hoped for."""
+        """The order for one more worker, for a graceful stop in which none is left to empty the queue; None: no worker
+        was ever ready, so this one would not be either."""
         if self.stage is Stage.DRAINING and not self.members and self._ever_ready:
             return Spawn(0, self.generation)
         return None
@@ -302,24 +303,24 @@ class Pool:
             It had taken at least one request.
         """
         member = self.members.pop(pid)
-        fresh = member.state is State.STARTING or member.reason is Reason.BOOT_TIMEOUT
+        booting = member.state is State.STARTING or member.reason is Reason.BOOT_TIMEOUT
         asked = member.state is State.RETIRING and member.reason not in (Reason.BOOT_TIMEOUT, Reason.EXITED)
         member.on(Event.EXITED)
         if member.reason is None:
-            member.reason = Reason.BOOT_FAILED if fresh else Reason.EXITED
-        # A worker that dies right after it was ready, having served nobody, is a crash loop as much as a failed boot.
-        if member.reason in (Reason.LEFT, Reason.EXITED) and member.ready_at is None and not fresh:
-            # Told to leave while it booted, by somebody or by itself at every boot: back-off, but no failed reload.
-            self.slot_backoffs.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
+            member.reason = Reason.BOOT_FAILED if booting else Reason.EXITED
         healthy = served or (member.ready_at is not None and now - member.ready_at >= pacing.HEALTHY)
-        if fresh or (member.ready_at is not None and not healthy and not asked and status != SIGKILL):
+        # A worker that dies right after it was ready, having served nobody, is a crash loop as much as a failed boot.
+        crashed = member.ready_at is not None and not healthy and not asked and status != SIGKILL
+        # It was told to leave while it booted, by somebody or by itself at every boot: back-off, but no failed reload.
+        told_in_boot = member.reason in (Reason.LEFT, Reason.EXITED) and member.ready_at is None and not booting
+        if booting or crashed or told_in_boot:
             self.slot_backoffs.setdefault(member.slot, pacing.Backoff()).failed(now, self._rng)
-            if member.generation == self.candidate:
-                self._abandon()
-        elif member.ready_at is not None and healthy:
+        if (booting or crashed) and member.generation == self.candidate:
+            self._abandon()
+        if member.ready_at is not None and healthy:
             self.slot_backoffs.pop(member.slot, None)
-        by_others = status is not None and status < 0 and not (member.killed or member.aborted)
-        if by_others and (member.reason.ordered or member.reason is Reason.EXITED):
+        killed_by_others = status is not None and status < 0 and not (member.killed or member.aborted)
+        if killed_by_others and (member.reason.ordered or member.reason is Reason.EXITED):
             member.reason = Reason.KILLED
         if member.reason is not Reason.RECYCLED:
             member.why = ""  # it wanted to be replaced, and left for something else
@@ -338,7 +339,7 @@ class Pool:
             return
         options = options or self.options
         if self.reloading:
-            self._again = options
+            self._remembered = options
             self._roll(RolloutEvent.ASKED)
         else:
             self._begin(options)
@@ -351,7 +352,7 @@ class Pool:
         if stage <= self.stage:
             return
         self.stage = stage
-        self.candidate, self._again = None, None
+        self.candidate, self._remembered = None, None
         self._roll(RolloutEvent.STOPPED)
         for member in list(self.members.values()):
             if stage is Stage.DRAINING and member.state is State.RETIRING:
@@ -404,7 +405,7 @@ class Pool:
                 yield max(self.system_backoff.until, backoff.until if backoff else 0.0)
 
     def _escalate(self, m: Member, now: float) -> Order | None:
-        """The next step of making one worker leave. The last one is repeated until it is gone."""
+        """The next step of making a worker leave. The last step is repeated until it is gone."""
         if m.state is not State.RETIRING:
             return None
         if m.kill_at is not None and now >= m.kill_at:
@@ -449,7 +450,7 @@ class Pool:
         stale = [m for m in self.serving if not self._fresh(m)]
         kept = (self.generation, self.candidate)
         for m in stale:
-            # A boot that leads nowhere: of a generation that was given up, or of one that has been replaced.
+            # A boot that leads nowhere: its generation was given up, or has been replaced.
             if m.state is State.STARTING and m.generation not in kept:
                 self._retire(m, Reason.RELOADED, now)
         excess = len(self.ready) - self.size
@@ -484,13 +485,13 @@ class Pool:
         return orders
 
     def _wanted_spawns(self) -> Iterator[tuple[int, int, Need]]:
-        """Which slot should get a worker of which generation, and why, whether or not it may have one yet."""
-        # Before anybody was ever ready those who leave are waited for: perhaps their boot has failed.
+        """The workers that are missing, each as slot, generation and need, whether or not a back-off delays them."""
+        # Before any worker was ever ready, those that leave are waited for: perhaps their boot has failed.
         here = self.serving if self._ever_ready else self.members.values()
         proven = [m for m in here if m.generation != self.candidate]
         surge = self.size + self.options.max_surge - len(self.members)
-        # While a generation is unproven, the lost are replaced by the last good one. Those who leave may take their
-        # time, but not pile up: never more of them than a pool.
+        # While a generation is unproven, the lost are replaced by the last good one. Workers that leave may take their
+        # time, but not pile up: there are never more of them than `size`.
         lost = max(0, min(self.size - len(proven), self.size + surge))
         if self.candidate is not None:
             more = 1 - sum(m.generation == self.candidate for m in self.members.values())
@@ -502,7 +503,7 @@ class Pool:
         taken = {m.slot for m in self.members.values()}
         free = (slot for slot in itertools.count() if slot not in taken)
         for slot, (generation, need) in zip(free, wanted, strict=False):
-            # Before anybody was ever ready, a slot that failed has said all it can say, but for the next generation.
+            # Before any worker was ever ready, a slot that failed is tried again by the next generation only.
             if self._ever_ready or slot not in self.slot_backoffs or generation == self.candidate:
                 yield slot, generation, need
 
@@ -512,9 +513,9 @@ class Pool:
         self._newest += 1
         self.candidate = self._newest
         self._options = {self.generation: self.options, self.candidate: options}
-        self._again = None
+        self._remembered = None
         self._roll(RolloutEvent.ASKED)
-        # The operator says that it is mended: try at once.
+        # The operator says that the program is mended: try at once.
         for backoff in self.slot_backoffs.values():
             backoff.until = 0.0
         self.events.append((PoolEvent.RELOAD_BEGINS, self.candidate))
@@ -527,8 +528,8 @@ class Pool:
         self.events.append((PoolEvent.RELOAD_FAILED, self.candidate))
         self.candidate = None
         self._roll(RolloutEvent.FAILED)
-        if self._again:
-            self._begin(self._again)
+        if self._remembered:
+            self._begin(self._remembered)
 
     def _settle(self) -> None:
         """Notice that the pool is as it is wanted."""
@@ -544,5 +545,5 @@ class Pool:
         if self.rollout is Rollout.ROLLING:
             self._roll(RolloutEvent.REPLACED)
             self.events.append((PoolEvent.RELOAD_SERVES, self.generation))
-            if self._again:
-                self._begin(self._again)
+            if self._remembered:
+                self._begin(self._remembered)

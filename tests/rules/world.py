@@ -341,7 +341,8 @@ class World:
         pool = self.pool
         if self.sequence.begun:
             assert self.run(bound, lambda: pool.done, 2000), "does not stop"
-            assert not self.processes and self.next_deadline() is None
+            assert not self.processes and pool.next_deadline() is None
+            assert self.sequence.due is None or pool.boot_failed, "it is over before the workers were told of the stop"
             left = self.queued and self.sequence.may_have_queue(self.now) and pool.last_call() is not None
             assert not left, "clients are left in the queue"
         elif not self.run(bound, lambda: self.settled or pool.boot_failed, 3000):
