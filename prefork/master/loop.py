@@ -48,15 +48,7 @@ from prefork.settings.settings import MAX_WORKERS, Options
 
 log = logs.get("prefork")
 
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU)
 LONGEST_SLEEP = 86400.0  # seconds; epoll takes no more than 24 days
 FAULT_PAUSE = 0.1  # seconds between two turns while something in them fails
 SHORTEST_POLL = 0.001  # seconds between two calls of `service_actions`
@@ -114,30 +106,13 @@ class Master:
         self.board = Scoreboard()
         self._inbox = signal_inbox.Inbox((*SIGNALS, signal.SIGCHLD) if adopts else SIGNALS)
         self._guard = Guard()
-        self._stop = Stop(self.listeners, self.pool, self.board)
-        self._roster = Roster(
-            self.pool,
-            self.board,
-            self.listeners,
-            self._stop,
-            self._inbox,
-            self._guard,
-            start,
-            title=title,
-            use_pidfd=use_pidfd,
+        self._stop = stop = Stop(self.listeners, self.pool, self.board)
+        self._roster = roster = Roster(
+            self.pool, self.board, self.listeners, stop, self._inbox, self._guard, start, title, use_pidfd
         )
-        self._reaper = Reaper(
-            self._roster,
-            self.pool,
-            self.board,
-            self._stop,
-            self._guard,
-            worker_exited=hooks.worker_exited,
-            collect_others=collect,
-            adopts=adopts,
-        )
-        self._judge = Judge(self.pool, self.board, self._roster)
-        self._reload = Reload(self.pool, self._roster, self._stop, self._inbox, make_probe=probe, settings=settings)
+        self._reaper = Reaper(roster, self.pool, self.board, stop, self._guard, hooks.worker_exited, collect, adopts)
+        self._judge = Judge(self.pool, self.board, roster)
+        self._reload = Reload(self.pool, roster, stop, self._inbox, probe, settings)
         self._attention = pacing.Attention()
         self._asked: collections.deque[Callable[[], None]] = collections.deque()  # by other threads
         self._detach = False  # `run()` returns as soon as the stop has reached every worker

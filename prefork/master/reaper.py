@@ -42,7 +42,6 @@ class Reaper:
         board: Scoreboard,
         stop: Stop,
         guard: Guard,
-        *,
         worker_exited: Callable[[WorkerExit], None],
         collect_others: Callable[[], float | None],
         adopts: bool,

@@ -50,7 +50,6 @@ class Reload:
         roster: Roster,
         stop: Stop,
         inbox: Inbox,
-        *,
         make_probe: Callable[[], Probe] | None,
         settings: Callable[[], Options] | None,
     ) -> None:

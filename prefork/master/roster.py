@@ -55,7 +55,6 @@ class Roster:
         inbox: Inbox,
         guard: Guard,
         start: Start,
-        *,
         title: str,
         use_pidfd: bool,
     ) -> None:
