@@ -8,16 +8,17 @@ Only pids that the master forked are waited for. Others are collected by their o
 """
 
 import collections
+import logging
 import time
 from collections.abc import Callable
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
-from prefork.link.scoreboard import Scoreboard
+from prefork.link.scoreboard import Entry, Scoreboard
 from prefork.master.guard import Guard
 from prefork.master.roster import Roster
 from prefork.master.stop import Stop
-from prefork.master.worker_handle import WorkerHandle, log_exit
+from prefork.master.worker_handle import WorkerHandle
 from prefork.rules.pool import Pool
 from prefork.rules.worker_exit import Reason, WorkerExit
 
@@ -96,7 +97,7 @@ class Reaper:
         # One that was ended by its first request has taken it: it is no crash loop, the clients set its pace.
         served = entry.requests > 0 or entry.busy_for > 0
         member = self._pool.exited(handle.child.pid, now, status=status, served=served)
-        report = handle.report(entry, member.reason or Reason.EXITED, status, memory, now, member.why)
+        report = report_of(handle, entry, member.reason or Reason.EXITED, status, memory, now, member.why)
         if report.reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
             self._stop.found_empty()
         self.last_exits.append(report)
@@ -108,3 +109,36 @@ class Reaper:
         with self._guard.protect_hook("worker_exited() raised; the pool goes on"):
             self._worker_exited(report)
         return True
+
+
+def report_of(
+    handle: WorkerHandle,
+    entry: Entry,
+    reason: Reason,
+    status: int | None,
+    memory: int | None,
+    now: float,
+    why: str = "",
+) -> WorkerExit:
+    """The report of a worker's end. `entry` is what its slot says."""
+    return WorkerExit(
+        handle.slot,
+        handle.child.pid,
+        handle.generation,
+        reason,
+        status,
+        entry.peer,
+        entry.busy_for,
+        entry.requests,
+        memory,
+        now - handle.born,
+        handle.link.text,
+        why,
+    )
+
+
+def log_exit(report: WorkerExit, *, known: str = "") -> None:
+    """One line, and what the worker said last unless that is `known` from the one before: a crash loop says it once."""
+    said = "" if not report.detail else ", as before" if report.detail == known else f"\n{report.detail}"
+    level = logging.INFO if report.reason.ordered else logging.ERROR
+    log.log(level, "%s%s", report, said)

@@ -1,6 +1,5 @@
-"""One worker as the master holds it: process, pipes, slot; how it is made, and the report of its end."""
+"""One worker as the master holds it: process, pipes, slot; and how it is made."""
 
-import logging
 import random
 import threading
 import time
@@ -8,17 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import prefork.kernel.inherited_pipes as inherited_pipes
-import prefork.kernel.logs as logs
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.processes as processes
 import prefork.link.uplink as uplink
 import prefork.link.worker_pipes as worker_pipes
-from prefork.link.scoreboard import Entry, Scoreboard
+from prefork.link.scoreboard import Scoreboard
 from prefork.link.worker_context import WorkerContext
-from prefork.rules.worker_exit import Reason, WorkerExit
 from prefork.settings.settings import Options
-
-log = logs.get("prefork")
 
 # What runs in the child: given its context and `unblock`, it returns an exit code.
 Start = Callable[[WorkerContext, Callable[[], None]], int]
@@ -39,25 +34,6 @@ class WorkerHandle:
     link: uplink.UplinkReader
     born: float
     closed_at: float | None = None  # when its end of the uplink was seen; None: it is open
-
-    def report(
-        self, entry: Entry, reason: Reason, status: int | None, memory: int | None, now: float, why: str = ""
-    ) -> WorkerExit:
-        """What is to be said of its end. `entry` is what its slot says."""
-        return WorkerExit(
-            self.slot,
-            self.child.pid,
-            self.generation,
-            reason,
-            status,
-            entry.peer,
-            entry.busy_for,
-            entry.requests,
-            memory,
-            now - self.born,
-            self.link.text,
-            why,
-        )
 
     def release(self) -> None:
         self.child.release()
@@ -116,10 +92,3 @@ def launch(
     return WorkerHandle(
         slot, generation, child, ends.lifeline_write, uplink.UplinkReader(ends.uplink_read, token), born
     )
-
-
-def log_exit(report: WorkerExit, *, known: str = "") -> None:
-    """One line, and what the worker said last unless that is `known` from the one before: a crash loop says it once."""
-    said = "" if not report.detail else ", as before" if report.detail == known else f"\n{report.detail}"
-    level = logging.INFO if report.reason.ordered else logging.ERROR
-    log.log(level, "%s%s", report, said)

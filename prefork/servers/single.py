@@ -14,6 +14,7 @@ from typing import Any
 
 import prefork.kernel.logs as logs
 import prefork.link.scoreboard as scoreboard
+import prefork.master.reaper as reaper
 import prefork.master.worker_handle as worker_handle
 import prefork.servers.preparation as preparation
 import prefork.servers.worker_class as worker_class
@@ -120,9 +121,9 @@ class SingleWorkers:
             status, memory = ended
             reason = Reason.STOPPED if status == 0 else Reason.EXITED
             now = time.monotonic()
-            report = handle.report(self._board.read(handle.slot, now), reason, status, memory, now)
+            report = reaper.report_of(handle, self._board.read(handle.slot, now), reason, status, memory, now)
             if status:
-                worker_handle.log_exit(report)
+                reaper.log_exit(report)
             self._handles.remove(handle)
             handle.release()
 
