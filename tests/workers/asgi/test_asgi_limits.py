@@ -16,6 +16,7 @@ import pytest
 from websockets.sync.client import connect
 
 import prefork
+import prefork.workers
 from support import dial, elapse, state, switches, until
 from support.asgi import TCP, Client, HTTPLoad, get, pid_of, serve
 from support.scripts import Notes, Start, noted
@@ -212,9 +213,10 @@ def test_check(kind: Any, app: Any, says: str) -> None:
 def test_without_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without uvicorn the mend is named."""
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    for name in ("worker", "application"):
-        monkeypatch.delitem(sys.modules, f"prefork.workers.asgi.{name}")
-        monkeypatch.delattr(f"prefork.workers.asgi.{name}")
+    for name in [name for name in sys.modules if name.startswith("prefork.workers.asgi.")]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)
+    monkeypatch.delitem(vars(prefork.workers), "ASGIWorker", raising=False)
     with (
         prefork.PreforkTCPServer(("127.0.0.1", 0), asgi) as server,
         pytest.raises(prefork.OptionError, match=r"pip install 'prefork\[asgi\]'"),
