@@ -205,9 +205,9 @@ class Master:
             self._notice_absence,
             self._hear_threads,
             self._reap,
-            self._last_call,
             self._watch_probe,
             self._stop.settle,
+            self._last_call,  # after it: where no worker was left when the pool began to drain, this is the only turn
             self._roster.read_slots,
             self._judge.judge,
             self._roster.carry_out_all,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 
 import prefork.master.loop as loop
-from prefork.rules.stop_sequence import Stage
+from prefork.kernel.listener import Listener
+from prefork.rules.pool import Spawn
+from prefork.rules.stop_sequence import LAST_CALLS, Stage
 from prefork.settings.settings import Options
 from support import ask, patterns, processes, state, until
 from support.faulty_server import begin, check_alive, soon
@@ -258,6 +261,33 @@ def test_a_probe_that_ends_during_a_stop_begins_no_reload(stage: Stage) -> None:
     for fd in (made[0].fd, made[0].other_end):
         os.close(fd)
     running.close()
+
+
+def test_a_queue_that_no_worker_is_left_for_when_the_stop_begins() -> None:
+    """Where the only worker is in back-off when a stop begins, and a client is queued, workers are forked for it."""
+
+    def start(*arguments: object) -> int:
+        os._exit(1)
+
+    class Hooks:
+        exits = 0
+
+        def service_actions(self) -> None: ...
+
+        def worker_exited(self, report: object) -> None:
+            self.exits += 1
+
+    hooks = Hooks()
+    with socket.create_server(("127.0.0.1", 0)) as sock, socket.create_connection(sock.getsockname()):
+        running = loop.Master([Listener(sock)], Options({"workers": 1}), start, hooks)
+        now = time.monotonic()
+        running.pool.spawned(Spawn(0, 1), 1, now)
+        running.pool.booted(1, now)
+        running.pool.exited(1, now, status=1, served=False)
+        running.stop()
+        running.run()
+        running.close()
+    assert hooks.exits == LAST_CALLS
 
 
 def test_reasons_reach_the_log(start: Start) -> None:

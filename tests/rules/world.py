@@ -164,19 +164,19 @@ class World:
         return min((at for at in (self.pool.next_deadline(), self.sequence.due) if at is not None), default=None)
 
     def _go_on_stopping(self) -> None:
-        """As in a turn of the master: the last call, then the end of the handshakes."""
+        """As in a turn of the master: the end of the handshakes, then the last call."""
         sequence = self.sequence
+        half_open = self.rng.random() < 0.5
+        if sequence.settle(self.now, half_open=half_open, graceful_timeout=self.options.graceful_timeout):
+            assert self.now >= self.stop_at + SETTLE - 1e-6, "handshakes were cut off"
+            self.drain_at = self.now
+            self._stop_workers(Stage.DRAINING)
         if not self.processes and self.queued and sequence.may_have_queue(self.now):
             assert self.now < self.drain_at + self.options.graceful_timeout, "a last call after graceful_timeout"
             if (order := self.pool.last_call()) is not None:
                 sequence.called()
                 self._start(order)
                 assert len(self.last_calls) <= LAST_CALLS
-        half_open = self.rng.random() < 0.5
-        if sequence.settle(self.now, half_open=half_open, graceful_timeout=self.options.graceful_timeout):
-            assert self.now >= self.stop_at + SETTLE - 1e-6, "handshakes were cut off"
-            self.drain_at = self.now
-            self._stop_workers(Stage.DRAINING)
 
     def look(self) -> None:
         """Carry out the orders; then there must be nothing to do before the next deadline."""
