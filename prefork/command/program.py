@@ -19,11 +19,11 @@ import prefork.kernel.import_path as import_path
 import prefork.kernel.logs as logs
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.readiness as readiness
-import prefork.servers.preparation as preparation
+import prefork.servers.server_checks as server_checks
 import prefork.servers.worker_class as worker_class
 from prefork.command.addresses import BindAddress, leaves_ipv4
-from prefork.command.adopt import binding, by_address, in_order
 from prefork.command.probe import ProgramProbe, Work
+from prefork.command.server_sockets import binding, by_address, in_order
 from prefork.command.target import make_servers
 from prefork.errors import OptionError, ProgramError
 from prefork.kernel.listener import Listener
@@ -168,7 +168,7 @@ class Program:
     def _make_servers(self, kind: type[Worker] | None) -> list[Any]:
         """The program's servers, in a probe: checked."""
         servers = make_servers(self.target, self.addresses, self._place, kind)
-        preparation.checked_options(servers, kind)
+        server_checks.checked_options(servers, kind)
         for name, module in import_path.shadowing.items():  # a worker could not import what was imported here
             file = getattr(module, "__file__", None)
             raise ProgramError(

@@ -7,11 +7,11 @@ an exit.
 `Master` has the turns, the sleep, and what signals and other threads ask for. It owns one object for each task, and
 calls them in turn; none of them calls it back, and each uses only those before it:
 
-- `guard`: what fails in one step keeps no other from being done;
+- `error_guard`: what fails in one step keeps no other from being done;
 - `stop`: a stop, from the listeners to the last worker;
 - `roster`: the processes, what is ordered of them and what they say;
 - `reaper`: deaths, up to their line in the log;
-- `judge`: requests past their deadline;
+- `late_requests`: requests past their deadline;
 - `reload`: the probe of the program, up to the new generation.
 """
 
@@ -34,8 +34,8 @@ from prefork.errors import BootError
 from prefork.kernel.listener import Listener
 from prefork.kernel.own_process import prepare
 from prefork.link.scoreboard import Scoreboard
-from prefork.master.guard import Guard
-from prefork.master.judge import Judge
+from prefork.master.error_guard import Guard
+from prefork.master.late_requests import Judge
 from prefork.master.reaper import Reaper
 from prefork.master.reload import Probe, Reload
 from prefork.master.roster import Roster

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
 from prefork.link.scoreboard import Entry, Scoreboard
-from prefork.master.guard import Guard
+from prefork.master.error_guard import Guard
 from prefork.master.roster import Roster
 from prefork.master.stop import Stop
 from prefork.master.worker_handle import WorkerHandle

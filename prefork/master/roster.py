@@ -16,7 +16,7 @@ import prefork.rules.pool as pool
 from prefork.kernel.listener import Listener, describe
 from prefork.kernel.signal_inbox import Inbox
 from prefork.link.scoreboard import Scoreboard
-from prefork.master.guard import Guard
+from prefork.master.error_guard import Guard
 from prefork.master.stop import Stop
 from prefork.master.worker_handle import Start, WorkerHandle, launch
 from prefork.rules.states import Phase, State

@@ -15,7 +15,7 @@ import prefork.kernel.logs as logs
 import prefork.kernel.program_directory as program_directory
 import prefork.kernel.standard_streams as standard_streams
 import prefork.master.loop as loop
-import prefork.servers.preparation as preparation
+import prefork.servers.server_checks as server_checks
 import prefork.servers.worker_class as worker_class
 import prefork.workers.lifecycle as lifecycle
 from prefork.errors import PreforkError
@@ -24,7 +24,7 @@ from prefork.link.worker_context import WorkerContext
 from prefork.master.worker_handle import Start
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import WorkerExit
-from prefork.servers.single import SingleWorkers
+from prefork.servers.single_request import SingleWorkers
 from prefork.settings.settings import Options
 
 log = logs.get("prefork")
@@ -124,7 +124,7 @@ def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None
     """
     standard_streams.fill()
     try:
-        options = preparation.prepare(
+        options = server_checks.prepare(
             servers, mend="patch in the setup() of a worker class, or let the command serve it"
         )
     except BaseException:
@@ -205,7 +205,7 @@ class ServerPool:
 
             return lifecycle.main(context, make, unblock)
 
-        listeners = [preparation.listener_of(server) for server in servers]
+        listeners = [server_checks.listener_of(server) for server in servers]
         hooks = ServerHooks(servers)
         # The program may leave its directory later.
         absolute = functools.partial(os.path.join, program_directory.here())
@@ -219,7 +219,7 @@ class ServerPool:
                 began=self._began,
                 ends=self._ends,
                 drains=self._drain,
-                settings=lambda: preparation.checked_options(servers, absolute=absolute),
+                settings=lambda: server_checks.checked_options(servers, absolute=absolute),
             )
         finally:
             for server, listener in zip(servers, listeners, strict=True):

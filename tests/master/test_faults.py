@@ -124,8 +124,8 @@ prefork.master.reaper.log_exit = refusing(prefork.master.reaper.log_exit, errno.
 def test_a_step_that_always_fails(start: Start) -> None:
     """What fails in each turn keeps nothing else from being done, and is not said more than once a second."""
     before = """
-import prefork.master.judge
-prefork.master.judge.Judge.judge = refusing(prefork.master.judge.Judge.judge, errno.EIO)
+import prefork.master.late_requests
+prefork.master.late_requests.Judge.judge = refusing(prefork.master.late_requests.Judge.judge, errno.EIO)
 """
     program = begin(start, before, allow=[patterns.TRACEBACK])
     program.write("refuse", "")

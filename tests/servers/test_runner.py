@@ -12,7 +12,7 @@ pytestmark = pytest.mark.timeout(60)
 
 PROGRAM = """
 from prefork.errors import BootError
-from prefork.servers import preparation, runner, worker_class
+from prefork.servers import server_checks, runner, worker_class
 from prefork.workers import lifecycle
 
 server = prefork.PreforkTCPServer(("127.0.0.1", 0), Handler)

@@ -24,7 +24,7 @@ from typing import Any
 
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
 from prefork.workers.intake.balance import ASIDE, TAKE, YIELD, ConnectionBalancer
-from prefork.workers.intake.batch import Batch
+from prefork.workers.intake.connection_batch import Batch
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 

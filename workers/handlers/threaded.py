@@ -23,7 +23,7 @@ from prefork.errors import RequestTimeout
 from prefork.kernel.unpatched import refuse_patched
 from prefork.link.worker_context import INTERRUPT
 from prefork.workers.base import Worker
-from prefork.workers.handlers.filter import Filter, check_of
+from prefork.workers.handlers.request_filter import Filter, check_of
 
 log = logs.get("prefork")
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
 from prefork.workers.intake.balance import ASIDE, YIELD, ConnectionBalancer
 from prefork.workers.intake.waiting import WaitingConnections
+from prefork.workers.wsgi.loop_rules import TRIES, Crowd
 from prefork.workers.wsgi.parser import Connection
-from prefork.workers.wsgi.policy import TRIES, Crowd
 
 
 class AcceptingWorker(Protocol):

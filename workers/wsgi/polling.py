@@ -2,7 +2,7 @@
 
 So neither a client that idles between two requests nor a slow one occupies the worker. A connection with a request is
 served at once: in the main thread (`threads` = 1, where `RequestTimeout` can interrupt it), or in one of several, of
-which one leads and waits in the epoll (`threads` has the rules).
+which one leads and waits in the epoll (`leader_followers` has the rules).
 
 The way of a request leads downward: `turn` waits, the connection's parser is fed, the worker's `serve` answers and
 returns what the connection waits for next, and the table `WaitingConnections` keeps it.
@@ -17,20 +17,20 @@ from typing import Any, Protocol
 
 import prefork.kernel.readiness as readiness
 import prefork.workers.wsgi.accepting as accepting
-import prefork.workers.wsgi.threads as threads
+import prefork.workers.wsgi.leader_followers as leader_followers
 from prefork.kernel.unpatched import select
 from prefork.settings.settings import Options
 from prefork.workers.intake.acceptor import PAUSE
 from prefork.workers.intake.balance import ConnectionBalancer, SlotOwner
 from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, WaitingConnections, WaitPhase
 from prefork.workers.wsgi.limits import DONTWAIT, READ, ListenerContext
+from prefork.workers.wsgi.loop_rules import EventBatch
 from prefork.workers.wsgi.parser import Connection
-from prefork.workers.wsgi.policy import Batch
 
 _LEAVING_TICK = 0.02
 
 
-class PollingWorker(accepting.AcceptingWorker, threads.ThreadsWorker, Protocol):
+class PollingWorker(accepting.AcceptingWorker, leader_followers.ThreadsWorker, Protocol):
     """What the loop uses of its worker; the times are those of `Limits`."""
 
     TICK: float
@@ -75,11 +75,11 @@ class PollingLoop:
         # Those that wait or that a thread has.
         self.connections: WaitingConnections[Connection]
         self.connections = WaitingConnections(worker.options.max_connections, patience, worker.threads > 1)
-        self.followers = threads.LeaderFollowers(worker, self) if worker.threads > 1 else None
+        self.followers = leader_followers.LeaderFollowers(worker, self) if worker.threads > 1 else None
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._tick = min(worker.TICK, max(0.02, self._idle / 4)) if self._idle else worker.TICK
         self._tick_at = 0.0
-        self._batch = Batch()
+        self._batch = EventBatch()
         # Whether the application has forked: then a close alone does not end a connection, of which there are copies.
         self._has_forked = False
         os.register_at_fork(after_in_parent=self._note_fork)

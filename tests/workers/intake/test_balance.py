@@ -16,7 +16,7 @@ import pytest
 
 import prefork.link.scoreboard as scoreboard
 import prefork.workers.eventloop.listener_gate as listener_gate
-import prefork.workers.intake.batch as batch
+import prefork.workers.intake.connection_batch as connection_batch
 from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
 from prefork.workers.intake.acceptor import Acceptor
@@ -311,7 +311,7 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, k
     """Where as many have ended as were taken, the next batch shares nothing out, whatever else stays; but if that was
     long ago."""
     monkeypatch.setattr(listener_gate, "ASIDE", 0.0)
-    monkeypatch.setattr(batch, "RECENT", 60.0)
+    monkeypatch.setattr(connection_batch, "RECENT", 60.0)
 
     async def main(it: Loop) -> None:
         it.dial(2)
@@ -330,7 +330,7 @@ def test_short_connections_are_taken_together(monkeypatch: pytest.MonkeyPatch, k
         it.end(it.held - kept)
         while await it.taken():
             it.end(it.held - kept)
-        monkeypatch.setattr(batch, "RECENT", 0.0)
+        monkeypatch.setattr(connection_batch, "RECENT", 0.0)
         it.dial(2)
         assert await it.taken() == 1, "it is long since the last"
 

@@ -16,7 +16,7 @@ import prefork.kernel.logs as logs
 import prefork.link.scoreboard as scoreboard
 import prefork.master.reaper as reaper
 import prefork.master.worker_handle as worker_handle
-import prefork.servers.preparation as preparation
+import prefork.servers.server_checks as server_checks
 import prefork.servers.worker_class as worker_class
 import prefork.workers.intake.dispatch as dispatch
 import prefork.workers.lifecycle as lifecycle
@@ -51,10 +51,10 @@ class SingleWorkers:
         if worker_class.resolve(server.worker_class).application:
             raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
         # SyncWorker serves single requests, whatever the pool's worker_class is.
-        options = preparation.prepare([server], SyncWorker, mend="patch in the worker")
+        options = server_checks.prepare([server], SyncWorker, mend="patch in the worker")
         self.reap()
         if server._spent or server._held:
-            listener = preparation.listener_of(server)
+            listener = server_checks.listener_of(server)
             listener.open(blocking=True)
             listener.close()
             server._held = False

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from prefork.master.guard import REPORTS_KEPT, Guard
+from prefork.master.error_guard import REPORTS_KEPT, Guard
 
 
 class Unspeakable:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from prefork.workers.wsgi.policy import LONG, MANY, RETURN, SHORT, Batch, Crowd, Lead
+from prefork.workers.wsgi.loop_rules import LONG, MANY, RETURN, SHORT, Crowd, EventBatch, Lead
 
 QUICK, SLOW = SHORT / 2, SHORT
 
 
 def test_a_first_turn_fetches_one_event() -> None:
     """As long as nothing is known of the requests each event is fetched alone."""
-    assert Batch().size == 1
+    assert EventBatch().size == 1
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_a_first_turn_fetches_one_event() -> None:
 )
 def test_many_events_after_brief_ones(seconds: float, events: int, size: int) -> None:
     """The next turn fetches many events if those of this one took less than half a millisecond each."""
-    batch = Batch()
+    batch = EventBatch()
     batch.turned(100.0, 1)
     batch.turned(100.0 + seconds, events)
     assert batch.size == size
@@ -26,7 +26,7 @@ def test_many_events_after_brief_ones(seconds: float, events: int, size: int) ->
 
 def test_long_requests_end_a_batch_of_many() -> None:
     """One turn of long requests is enough to fetch each event alone again."""
-    batch = Batch()
+    batch = EventBatch()
     for now, events, size in [(0.0001, 1, MANY), (0.0002, 1, MANY), (0.1, 8, 1)]:
         batch.turned(now, events)
         assert batch.size == size

@@ -12,7 +12,7 @@ import pytest
 
 import prefork
 from prefork import OptionError
-from prefork.command.adopt import binding, by_address, in_order, plain
+from prefork.command.server_sockets import binding, by_address, in_order, plain
 
 HANDLER = socketserver.BaseRequestHandler
 ORIGINALS = [

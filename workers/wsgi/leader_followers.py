@@ -36,8 +36,8 @@ from typing import Protocol
 import prefork.kernel.logs as logs
 import prefork.kernel.standard_streams as standard_streams
 from prefork.workers.lifecycle import exit_code
+from prefork.workers.wsgi.loop_rules import SHORT, Lead
 from prefork.workers.wsgi.parser import Connection
-from prefork.workers.wsgi.policy import SHORT, Lead
 
 log = logs.get("prefork")
 

@@ -20,7 +20,7 @@ RETURN = 20  # short requests after which the lead is kept again, when it was gi
 LOOKS = 5  # without a request, after which the main thread sleeps: more looks would cost more than they save
 
 
-class Batch:
+class EventBatch:
     """How many events the next wait may fetch.
 
     A batch saves system calls. But a client that asks again just after one was fetched waits for all of it, and comes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefork.workers.intake.batch import RECENT, SIZE, Batch
+from prefork.workers.intake.connection_batch import RECENT, SIZE, Batch
 
 
 def batch(*events: tuple[float, int, int]) -> Batch:
