@@ -47,6 +47,7 @@ class Stop:
         if not self._sequence.rise(stage, now, handshakes=bool(tcp)):
             return
         if stage is Stage.SETTLING:
+            self._pool.forget_reload()
             for listener in tcp:
                 listener.hold()
         else:

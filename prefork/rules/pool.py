@@ -344,6 +344,10 @@ class Pool:
         else:
             self._begin(options)
 
+    def forget_reload(self) -> None:
+        """A stop has begun, of which the workers are not told yet: the reload under way is not followed by another."""
+        self._remembered = None
+
     def stop(self, stage: Stage, now: float) -> None:
         """Ask for a size of zero: DRAINING or a harder stage. A harder one replaces a softer one, never the other way.
 

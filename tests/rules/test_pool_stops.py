@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefork.rules.pool import Abort, Kill, Need, Pool, Quit, Retire, Spawn
+from prefork.rules.pool import Abort, Kill, Need, Pool, PoolEvent, Quit, Retire, Spawn
 from prefork.rules.states import State
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason
@@ -212,6 +212,19 @@ def test_a_stop_ends_a_reload() -> None:
     assert bench.look() == [Retire(1), Retire(2)] and not bench.pool.reloading
     bench.exit(1, 2)
     assert bench.pool.done
+
+
+def test_a_remembered_reload_does_not_follow_a_stop() -> None:
+    """Where a reload is to follow the one under way, and a stop begins, it does not follow, also before the workers are
+    told of the stop."""
+    bench = Bench(1)
+    bench.pool.reload()
+    bench.look()
+    bench.pool.reload()
+    bench.pool.forget_reload()
+    bench.exit(2, crashed=True)
+    bench.look()
+    assert [event for event, _ in bench.events()] == [PoolEvent.RELOAD_BEGINS, PoolEvent.RELOAD_FAILED]
 
 
 def test_stopping_an_empty_pool() -> None:

@@ -61,6 +61,7 @@ class World:
         self.granted = 0.0
         self.under_way: int | None = None  # the generation of which a reload was begun and not finished
         self.sequence = StopSequence()
+        self.last_generation = 0  # that had begun by then
         self.stop_at = 0.0  # when it began, and when the workers were told of it
         self.drain_at = 0.0
         self.queued = False  # clients wait at the listeners
@@ -148,8 +149,11 @@ class World:
             assert stage is before
             return
         if before is Stage.SERVING:
+            self.last_generation = self.pool.candidate or self.pool.generation
             self.stop_at, self.queued = self.now, self.rng.random() < 0.7
-        if stage is not Stage.SETTLING:
+        if stage is Stage.SETTLING:
+            self.pool.forget_reload()
+        else:
             self._stop_workers(stage)
 
     def _stop_workers(self, stage: Stage) -> None:
@@ -267,6 +271,7 @@ class World:
         assert (pool.candidate is not None) == (pool.rollout is Rollout.PROVING)
         for events, generation in pool.events:
             if events is PoolEvent.RELOAD_BEGINS:
+                assert not self.sequence.begun or generation <= self.last_generation, "a reload begins during a stop"
                 assert self.under_way is None
                 self.under_way = generation
             elif events in (PoolEvent.RELOAD_FAILED, PoolEvent.RELOAD_SERVES):
