@@ -1,7 +1,8 @@
 """An epoll that has no room (ENOSPC of epoll_ctl, fs.epoll.max_user_watches) costs a connection, and never a worker."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,7 @@ CLASSES = {
     "thread, two listeners": ("Handler", "thread", ("-b", "unix:{run}/s")),
 }
 HTTP = ("wsgi", "wsgi with threads", "asgi")
+BLOCKING = ("sync, two listeners", "thread, two listeners")  # a handler has a connection, and waits for its client
 
 
 def serve(start: Start, kind: str) -> Program:
@@ -89,6 +91,15 @@ def held(address: Address, stack: ExitStack, kind: str) -> Callable[[], None]:
     return go_on
 
 
+def watched(pid: int) -> int:
+    """How many descriptors the epolls of a process wait for."""
+    number = 0
+    for file in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(OSError):  # it was closed meanwhile
+            number += file.read_text().count("tfd:")
+    return number
+
+
 def is_served(address: Address, kind: str, timeout: float = 5.0) -> bool:
     """A new client; one that is not served sees the end of its connection, or waits in the queue."""
     try:
@@ -115,7 +126,8 @@ def test_no_room_for_one(start: Start, kind: str) -> None:
     (worker,) = program.wait_ready(1)
     with ExitStack() as stack:
         others = [held(program.address, stack, kind) for _ in range(waiting(kind))]
-        assert is_served(program.address, kind)  # by then they all wait
+        assert is_served(program.address, kind)
+        until(lambda: watched(worker) >= (0 if kind in BLOCKING else len(others)), 5, "they all wait")
         for number in range(1, 6):
             with failing(worker, "epoll_ctl", "ENOSPC", str(number)):
                 is_served(program.address, kind)
@@ -138,7 +150,8 @@ def test_no_room_at_all(start: Start, kind: str) -> None:
     (worker,) = program.wait_ready(1)
     with ExitStack() as stack:
         others = [held(program.address, stack, kind) for _ in range(waiting(kind))]
-        assert is_served(program.address, kind)  # by then they all wait
+        assert is_served(program.address, kind)
+        until(lambda: watched(worker) >= (0 if kind in BLOCKING else len(others)), 5, "they all wait")
         with failing(worker, "epoll_ctl", "ENOSPC"):
             for _ in range(3):
                 for address in program.addresses:
