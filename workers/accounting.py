@@ -238,7 +238,8 @@ class ActiveRequests:
         # Of these: `default_deadlines` are in the order of their deadlines, for all have the same timeout.
         self.default_deadlines: dict[ActiveRequest, None] = {}
         self.custom_deadlines: dict[ActiveRequest, None] = {}
-        self.published: ActiveRequest | None = None  # what the scoreboard shows
+        # What the scoreboard shows. It is not in `open` where it needs no object (the class `asgi`).
+        self.published: object = None
         self.finishing = False
         self.missed = False  # an interrupt came when the accounts were in disorder
         self.fast_path_cells: Cells | None = None

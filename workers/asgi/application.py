@@ -22,7 +22,9 @@ from uvicorn.server import ServerState
 import prefork.kernel.access_file as access_file
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
+from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
 from prefork.settings.settings import Options
+from prefork.workers.accounting import ActiveRequests
 from prefork.workers.asgi.lifespan import Lifespan
 from prefork.workers.asgi.protocols import strict
 from prefork.workers.asgi.transport import with_buffered_heads
@@ -38,6 +40,7 @@ class AccountingWorker(Protocol):
     """What an application uses of its worker."""
 
     options: Options
+    _requests: ActiveRequests
 
     @property
     def _untimed(self) -> Callable[[object], Any]: ...
@@ -121,7 +124,7 @@ class ASGIApplication:
         self.state = State(self.config)
         self.closing = not options.keepalive_timeout  # whether each connection is to end with the next reply
         self._app: Any = self.config.loaded_app
-        self._serving, self._untimed = worker.serving, worker._untimed
+        self._serving, self._untimed, self._requests = worker.serving, worker._untimed, worker._requests
         self._loop = asyncio.get_running_loop()
         self._protocol = with_buffered_heads(strict(self.config.http_protocol_class), self._loop)
         self.lifespan = Lifespan(self._app, self.config)
@@ -140,14 +143,48 @@ class ASGIApplication:
         return made
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> Any:
-        """Without a deadline. (`try` and `finally` cost less than `with`.)"""
+        """Without a deadline.
+
+        Where no other request is in progress, as nearly always in a loop whose application seldom waits, the accounts
+        of an `UntimedRequest` are kept here without an object: by one the CPU of a request is 1.005 to 1.02.
+        """
         if self.closing and scope["type"] == "http":
             send = _last_reply(send)
-        request = self._untimed(scope["client"]).begin()
+        requests = self._requests
+        if requests.published is not None:
+            request = self._untimed(scope["client"]).begin()
+            try:
+                return await self._app(scope, receive, send)
+            finally:
+                request.end()
+        board, client = requests.board, scope["client"]
+        try:
+            if client and client[0] == board.host:
+                board.ints[PEER_PORT] = client[1]
+            else:
+                board.set_peer(client)
+        except (TypeError, ValueError):  # of a protocol that was set in `uvicorn_options`
+            board.set_peer(client)
+        start = monotonic()
+        requests.published = self
+        board.floats[BUSY_SINCE] = start
         try:
             return await self._app(scope, receive, send)
         finally:
-            request.end()
+            end = monotonic()
+            requests.count = count = requests.count + 1
+            requests.spent = spent = requests.spent + end - start
+            board = requests.board  # another one in a process that the application has forked
+            floats = board.floats
+            board.ints[REQUESTS] = count
+            floats[BUSY_TIME] = spent
+            if requests.open:
+                requests.show_oldest()
+            else:
+                requests.published = None
+                floats[BUSY_SINCE] = 0.0
+            if count >= requests.limit:
+                requests.look(count, end)
 
     async def _serve_in_time(self, scope: Message, receive: Receive, send: Send) -> Any:
         if scope["type"] != "http":

@@ -24,7 +24,7 @@ from typing import Any
 
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
 from prefork.workers.intake.balance import ASIDE, TAKE, YIELD, ConnectionBalancer
-from prefork.workers.intake.connection_batch import Batch
+from prefork.workers.intake.connection_batch import SIZE, Batch
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
 
@@ -79,7 +79,7 @@ class ListenerGate:
         self._balancer.hold(held)
         if not self._is_open:
             self.watch()
-        if self._batch.is_over(held):  # a look at each end would take one by one what is cheaper together
+        if held <= self._batch.held:  # a look at each end would take one by one what is cheaper together
             for fd in list(self._next_looks):
                 self._look(fd)
 
@@ -127,7 +127,7 @@ class ListenerGate:
         whose, batch = TAKE, self._batch
         batch.begin(monotonic(), self._held())
         try:
-            while whose == TAKE and batch.has_room() and self._take(fd):
+            while whose == TAKE and batch.taken < SIZE and self._take(fd):
                 batch.taken += 1
                 held = self._held()
                 if batch.ends_soon or held >= self._limit:

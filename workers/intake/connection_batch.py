@@ -12,13 +12,15 @@ RECENT = 0.01  # seconds; what a batch before that has shown says nothing about 
 class Batch:
     """The connections that one turn of the loop takes from the listeners, and what became of the batch before.
 
-    To be read: `ends_soon`, whether connections end so soon that each of them may be taken without a question.
+    To be read: `ends_soon`, whether connections end so soon that each of them may be taken without a question; `held`,
+    how many the worker held at its begin: with so few again, as many have ended as it took.
     """
 
     def __init__(self) -> None:
         self.ends_soon = False
         self.taken = 0
-        self._began_at, self._held, self._taken_before = 0.0, 0, 0  # of the last batch; `taken` of the one before it
+        self.held = 0
+        self._began_at, self._taken_before = 0.0, 0  # of the last batch; `taken` of the one before it
 
     def begin(self, now: float, held: int) -> None:
         """A new one, of a worker that holds `held` connections.
@@ -26,13 +28,6 @@ class Batch:
         Connections end soon if at least as many have ended since the last batch, a moment ago, as the batch before it
         took; and one at least.
         """
-        ended = self._held + self.taken - held
+        ended = self.held + self.taken - held
         self.ends_soon = now - self._began_at < RECENT and ended >= max(1, self._taken_before)
-        self._began_at, self._held, self.taken, self._taken_before = now, held, 0, self.taken
-
-    def has_room(self) -> bool:
-        return self.taken < SIZE
-
-    def is_over(self, held: int) -> bool:
-        """Whether as many have ended since its begin as it took."""
-        return held <= self._held
+        self._began_at, self.held, self.taken, self._taken_before = now, held, 0, self.taken

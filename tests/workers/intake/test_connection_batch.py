@@ -39,17 +39,9 @@ def test_a_batch_of_long_ago() -> None:
     assert not batch((1.0, 0, 1), (1.0 + RECENT * 1.1, 0, 0)).ends_soon
 
 
-def test_the_size_of_a_batch() -> None:
-    """A batch has room until it is full; the next one is empty."""
-    full = batch((1.0, 0, SIZE))
-    assert not full.has_room()
-    full.begin(2.0, SIZE)
-    assert full.has_room()
-
-
 def test_the_end_of_a_batch() -> None:
-    """A batch is over when its worker holds no more connections than at its begin."""
-    taken = batch((1.0, 3, 2))
-    assert not taken.is_over(5)
-    assert not taken.is_over(4)
-    assert taken.is_over(3)
+    """A batch tells how many connections its worker held at its begin, and the next one is empty."""
+    full = batch((1.0, 3, SIZE))
+    assert (full.taken, full.held) == (SIZE, 3)
+    full.begin(2.0, 5)
+    assert (full.taken, full.held) == (0, 5)
