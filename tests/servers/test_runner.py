@@ -12,12 +12,12 @@ pytestmark = pytest.mark.timeout(60)
 
 PROGRAM = """
 from prefork.errors import BootError
-from prefork.servers import server_checks, runner, worker_class
+from prefork.servers import runner, server_checks, worker_class
 from prefork.workers import lifecycle
 
 server = prefork.PreforkTCPServer(("127.0.0.1", 0), Handler)
 server.workers = 2
-options = preparation.prepare([server], mend="")
+options = server_checks.prepare([server], mend="")
 
 def start(context, unblock):
     return lifecycle.main(context, lambda context: worker_class.make_worker(KIND, [server], context), unblock)
@@ -36,7 +36,7 @@ def drains(master, finish):
     finish()
 
 def serve(**hooks):
-    listeners = [preparation.listener_of(server)]
+    listeners = [server_checks.listener_of(server)]
     runner.run_pool(listeners, options, start, runner.ServerHooks([server]), began=began, ends=ends, **hooks)
     note("state over")
 
@@ -121,7 +121,7 @@ def test_an_error_before_the_loop(start: Start, notes: Notes) -> None:
 
 def test_a_listener_that_cannot_be_opened(start: Start, notes: Notes) -> None:
     """It raises the listener's error, and there was no master."""
-    use = "preparation.Listener.open = lambda *_, **__: os.listdir('/no/such/place')\n    serve()"
+    use = "server_checks.Listener.open = lambda *_, **__: os.listdir('/no/such/place')\n    serve()"
     program = run(start, use)
     program.wait_exit()
     assert notes("state") == ["raised FileNotFoundError"]

@@ -281,7 +281,7 @@ def test_stops_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str) 
 def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str) -> None:
     """Reloads, retirements of single workers and recycling under 16 fast and 20 slow clients: no request fails, and
     none is served twice."""
-    program = busy_pool(start, kind, "graceful_timeout = 1.0", "max_requests = 400", "max_requests_jitter = 100")
+    program = busy_pool(start, kind, "graceful_timeout = 1.0", "max_requests = 800", "max_requests_jitter = 200")
     clients = load(program.address, clients=16)
     with ExitStack() as stack:
         slow = Dripping(program.address, stack)
@@ -299,7 +299,7 @@ def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str
                 program.send(signal.SIGTERM, pids[turn % len(pids)])
             except ProcessLookupError:  # it was being recycled
                 continue
-        clients.more(1000)
+        clients.more(3000)
         tally = clients.stop()
         program.finish()
     assert not account(tally, ledger)
