@@ -38,7 +38,7 @@ from prefork.workers.lifecycle import ABANDONED, ToldToLeave, leave_if_told
 Work = Callable[[], tuple[dict[str, Any], list[int]]]
 
 _COMMAND = os.path.dirname(__file__)  # frames of modules in it are no part of a program's traceback
-LIMIT = 1 << 20  # bytes of an answer
+ANSWER_LIMIT = 1 << 20  # bytes of an answer
 _LENGTH = struct.Struct("!I")
 _FDS = socket.CMSG_SPACE(253 * 4)
 END_TIMEOUT = 2.0  # seconds that a child has for its end after its answer
@@ -107,14 +107,16 @@ class ProgramProbe:
     def over(self) -> bool:
         """Take what has arrived, without waiting. Returns whether nothing more will come."""
         with contextlib.suppress(BlockingIOError):
-            while not (self._closed or self._answer is not None or self._size >= LIMIT):
+            while not (self._closed or self._answer is not None or self._size >= ANSWER_LIMIT):
                 data, ancillary, _, _ = self._socket.recvmsg(65536, _FDS, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
                 for level, kind, content in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         fds = array.array("i", content[: len(content) - len(content) % 4])
                         self._fds += fds
                 self._take(data)
-        return self._closed or self._answer is not None or self._size >= LIMIT or time.monotonic() >= self.deadline
+        return (
+            self._closed or self._answer is not None or self._size >= ANSWER_LIMIT or time.monotonic() >= self.deadline
+        )
 
     def _take(self, data: bytes) -> None:
         self._closed = not data

@@ -2,8 +2,8 @@
 
 Such a handler may wait for ever: for the reader of a pipe, for a network. So a bounded queue and a thread stand between
 it and the master, as with `logging.handlers.QueueListener`. The first record for such a handler starts the thread. A
-handler that has not returned for `STUCK` seconds gets nothing more until it does, and meanwhile the log is on standard
-error.
+handler that has not returned for `STUCK_AFTER` seconds gets nothing more until it does, and meanwhile the log is on
+standard error.
 
 A fork waits at most `FORK_WAIT` for the thread to be between two records, so that no child inherits a lock that the
 thread holds. A thread that is stuck does not delay a fork; the child then gets a new `sys.stdout`.
@@ -24,9 +24,9 @@ import prefork.kernel.log_stderr as log_stderr
 import prefork.kernel.processes as processes
 import prefork.kernel.standard_streams as standard_streams
 
-LIMIT = 1000  # records that may wait for the program's handlers
-STUCK = 0.5  # seconds after which a handler gets nothing more until it has returned
-FAREWELL = 1.0  # seconds that the program's handlers have at the end of a master
+QUEUE_LIMIT = 1000  # records that may wait for the program's handlers
+STUCK_AFTER = 0.5  # seconds after which a handler gets nothing more until it has returned
+LAST_DELIVERY = 1.0  # seconds that the program's handlers have at the end of a master
 FORK_WAIT = 0.05  # seconds
 
 
@@ -50,14 +50,13 @@ class Background:
         if self.is_stuck:
             if not self._stuck_was_said:
                 self._stuck_was_said = True
-                log_stderr.say(
-                    f"logging: a handler of the program has not returned for {STUCK:g} s; meanwhile the log is here"
-                )
+                text = f"logging: a handler of the program has not returned for {STUCK_AFTER:g} s"
+                log_stderr.say(f"{text}; meanwhile the log is here")
             if log_delivery.targets(logger, record)[0]:
                 log_stderr.say_record(record)
             return
         self._stuck_was_said = False
-        if len(self._queue) >= LIMIT:
+        if len(self._queue) >= QUEUE_LIMIT:
             self._dropped += 1
             return
         if count := self._dropped:
@@ -87,7 +86,7 @@ class Background:
     @property
     def is_stuck(self) -> bool:
         since = self._since
-        return since > 0.0 and monotonic() - since > STUCK
+        return since > 0.0 and monotonic() - since > STUCK_AFTER
 
     def _run(self) -> None:
         while True:
@@ -113,10 +112,10 @@ class Background:
             atexit.register(logging.shutdown)
 
     def wait(self) -> bool:
-        """Wait until all that is in the queue was delivered, at most `FAREWELL` seconds. False: it was not."""
+        """Wait until all that is in the queue was delivered, at most `LAST_DELIVERY` seconds. False: it was not."""
         if self._thread is None:
             return True
-        done, deadline = threading.Event(), monotonic() + FAREWELL
+        done, deadline = threading.Event(), monotonic() + LAST_DELIVERY
         self._add(done)
         while not done.wait(0.02):
             if self.is_stuck or monotonic() >= deadline:
@@ -135,7 +134,7 @@ class Background:
             standard_streams.renew("stdout")
         self._add(None)
         if done and self._thread is not None:
-            self._thread.join(FAREWELL)
+            self._thread.join(LAST_DELIVERY)
 
     def _empty(self) -> None:
         """Say here what no handler will get."""

@@ -84,7 +84,7 @@ def begin() -> None:
 
 
 def end() -> None:
-    """A master is over. After the last one, handlers of the program have `FAREWELL` seconds for what is in the
+    """A master is over. After the last one, handlers of the program have `LAST_DELIVERY` seconds for what is in the
     queue."""
     global _masters
     with _lock:
@@ -99,7 +99,7 @@ def end() -> None:
 
 
 def wait() -> None:
-    """Wait until the handlers of the program have what was logged, at most `FAREWELL` seconds."""
+    """Wait until the handlers of the program have what was logged, at most `LAST_DELIVERY` seconds."""
     if log_thread.current is not None:
         log_thread.current.wait()
 

@@ -18,7 +18,7 @@ import socket
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from prefork.servers.http_stream import Wire, Writer
+from prefork.servers.http_stream import HoldingWriter, Wire
 from prefork.servers.mixin import PreforkMixIn
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class BufferedHTTPMixIn(_Handler):
         super().setup()
         self.rfile.close()
         self.wfile.close()
-        self.wfile = Writer(self.connection, self.write_limit)
+        self.wfile = HoldingWriter(self.connection, self.write_limit)
         self._wire = Wire(self, self.wfile)
         size = io.DEFAULT_BUFFER_SIZE if self.rbufsize < 0 else self.rbufsize
         self._reader = io.BufferedReader(self._wire, size) if size else None

@@ -1,4 +1,4 @@
-"""The two ends of a connection of `BufferedHTTPMixIn`: `Writer` holds a reply back, `Wire` receives the requests.
+"""The two ends of a connection of `BufferedHTTPMixIn`: `HoldingWriter` holds a reply back, `Wire` receives requests.
 
 A handler waits for its client in `Wire` only. There the reply is sent before a wait, so that neither side waits for the
 other; there an idle connection ends; and there a worker notices that it is to leave.
@@ -13,7 +13,7 @@ from typing import Any
 from prefork.kernel.unpatched import select
 
 
-class Writer(io.BufferedIOBase):
+class HoldingWriter(io.BufferedIOBase):
     """Holds back what is written, up to `limit` bytes. What could not be sent is not tried again."""
 
     def __init__(self, sock: socket.socket, limit: int) -> None:
@@ -52,7 +52,7 @@ class Writer(io.BufferedIOBase):
 class Wire(io.RawIOBase):
     """The receiving end of a connection of a `BufferedHTTPMixIn`, whose limits it keeps."""
 
-    def __init__(self, handler: Any, writer: Writer) -> None:
+    def __init__(self, handler: Any, writer: HoldingWriter) -> None:
         self._sock: socket.socket = handler.connection
         self._writer = writer
         self._fd: int = self._sock.fileno()

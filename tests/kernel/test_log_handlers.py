@@ -431,8 +431,8 @@ def held() -> Iterator[tuple[logging.Logger, Held]]:
 
 def test_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue for slow handlers is bounded; what was dropped is said with the next record that fits."""
-    monkeypatch.setattr(log_thread, "LIMIT", 3)
-    monkeypatch.setattr(log_thread, "STUCK", 60.0)
+    monkeypatch.setattr(log_thread, "QUEUE_LIMIT", 3)
+    monkeypatch.setattr(log_thread, "STUCK_AFTER", 60.0)
     with held() as (logger, handler):
         logger.error("0")
         until(lambda: background()._since > 0.0)
@@ -446,7 +446,7 @@ def test_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_handler_that_returns_after_all(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """A handler that returns late gets the records that come then; those in between were on standard error."""
-    monkeypatch.setattr(log_thread, "STUCK", 0.05)
+    monkeypatch.setattr(log_thread, "STUCK_AFTER", 0.05)
     with held() as (logger, handler):
         logger.error("first")
         until(lambda: background().is_stuck)

@@ -48,7 +48,7 @@ class AccountingWorker(Protocol):
     def serving(self, peer: object = "", timeout: float | None = None) -> Any: ...
 
 
-class AccessLog:
+class UvicornAccessLog:
     """Takes the place of the logger on which uvicorn's protocols log each answer."""
 
     def __init__(self, file: access_file.AccessFile) -> None:
@@ -62,7 +62,7 @@ class AccessLog:
         self._file.write(f"{self._when},{int(now % 1 * 1000):03d} {message % arguments}\n")
 
 
-class State(ServerState):
+class ProtocolState(ServerState):
     """What the protocols of one application share. The Date header is made when it is read, so that no timer ticks."""
 
     connections: Any
@@ -107,7 +107,7 @@ class ASGIApplication:
     ) -> None:
         options = worker.options
         logs.get("uvicorn.error")  # on which the protocols report exceptions of the application
-        self._accesses = accesses and AccessLog(accesses)
+        self._accesses = accesses and UvicornAccessLog(accesses)
         if logging.getLogger("uvicorn.error").level == logging.NOTSET:
             given = {"log_level": "info", **given}  # else the protocols log each connection at the level "trace"
         settings: dict[str, Any] = {
@@ -121,7 +121,7 @@ class ASGIApplication:
         }
         self.config = Config(app, **settings)
         self.config.load()
-        self.state = State(self.config)
+        self.state = ProtocolState(self.config)
         self.closing = not options.keepalive_timeout  # whether each connection is to end with the next reply
         self._app: Any = self.config.loaded_app
         self._serving, self._untimed, self._requests = worker.serving, worker._untimed, worker._requests

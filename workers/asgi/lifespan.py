@@ -16,7 +16,7 @@ from prefork.errors import PreforkError
 
 log = logs.get("prefork")
 
-FAREWELL = 1.0  # seconds within which a lifespan ends, after it has said that its shutdown is complete
+END_TIMEOUT = 1.0  # seconds within which a lifespan ends, after it has said that its shutdown is complete
 
 
 class Lifespan:
@@ -51,7 +51,7 @@ class Lifespan:
             return
         if failure := await self._order("shutdown"):
             log.error("the application's lifespan has failed", exc_info=failure)
-        await asyncio.wait([self._task], timeout=FAREWELL)
+        await asyncio.wait([self._task], timeout=END_TIMEOUT)
 
     async def _order(self, name: str) -> BaseException | None:
         """Give an order and wait for the answer. Returns the failure, if the answer is one."""
@@ -61,7 +61,7 @@ class Lifespan:
         await asyncio.wait([self._task, self._answer], return_when=asyncio.FIRST_COMPLETED)
         said = self._answer.result() if self._answer.done() else None
         if said is not None:  # most applications say that they failed, and then raise the reason
-            await asyncio.wait([self._task], timeout=FAREWELL)
+            await asyncio.wait([self._task], timeout=END_TIMEOUT)
         raised = self._task.exception() if self._task.done() and not self._task.cancelled() else None
         if said is not None:
             return raised or PreforkError(f"the application's {name} failed: {said or 'it does not say why'}")

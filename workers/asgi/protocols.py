@@ -20,7 +20,7 @@ with contextlib.suppress(ModuleNotFoundError):  # then h11 parses
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
-LIMIT = 65536  # bytes of a head, or between two pieces of a body in chunks; looked at after each read: 431
+HEAD_LIMIT = 65536  # bytes of a head, or between two pieces of a body in chunks; looked at after each read: 431
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^?]*)?(?:\?(.*))?", re.IGNORECASE | re.DOTALL)
 _TELLING = frozenset((b"host", b"expect", b"transfer-encoding"))  # headers that say more than a value
@@ -239,8 +239,8 @@ class _HttpTools(_Strict):
             self._incomplete, self._body, self._length, self._size = self.headers, body, length, 0
             return
         self._size += size
-        if self._size > LIMIT:
-            self.logger.warning("A request has more than %d bytes of headers.", LIMIT)
+        if self._size > HEAD_LIMIT:
+            self.logger.warning("A request has more than %d bytes of headers.", HEAD_LIMIT)
             self.send_400_response("", 431)
 
     def _ignore_upgrade(self) -> None:

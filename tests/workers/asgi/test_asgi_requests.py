@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from prefork.workers.asgi.protocols import LIMIT, fault_of
+from prefork.workers.asgi.protocols import HEAD_LIMIT, fault_of
 from support import Program, private_memory
 from support.scripts import Notes, Start, noted, path_of_modules
 from support.web import Web
@@ -322,7 +322,7 @@ def test_endless(serve: Serve, web: Dial, kind: str, app: str) -> None:
         client = web(program).send(begin)
         with contextlib.suppress(ConnectionError):  # the refusal is reset by what still comes, where nobody lingers
             for _ in range(300):
-                client.send(b"a" * LIMIT)
+                client.send(b"a" * HEAD_LIMIT)
         with contextlib.suppress(ConnectionError):
             assert client.rest()[8:13] in (b" 414 ", b" 431 ", b"")
         assert private_memory(worker) - before < 8 << 20, begin
@@ -334,9 +334,9 @@ def test_long_bodies_have_no_end_to_mind(serve: Serve, web: Dial, kind: str, app
     """A body of many chunks, or of large ones, is not mistaken for a head, whatever its pieces are."""
     program = serve(kind, app)
     client = web(program)
-    for size in (1, 1000, 3 * LIMIT):
+    for size in (1, 1000, 3 * HEAD_LIMIT):
         chunk = b"%x\r\n%b\r\n" % (size, b"a" * size)
-        number = 6 * LIMIT // size if size > 1 else 2 * LIMIT // len(chunk)
+        number = 6 * HEAD_LIMIT // size if size > 1 else 2 * HEAD_LIMIT // len(chunk)
         pieces = [chunk] * number if size > 1 else [piece for _ in range(number) for piece in (b"1\r\n", b"a", b"\r\n")]
         client.send(CHUNKED, *pieces, b"0\r\n\r\n")
         assert len(json.loads(client.answer().body)["body"]) == size * number
