@@ -10,13 +10,14 @@ PIP := -m pip install --quiet --disable-pip-version-check
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help serve test test-all lint t pytest repeat stress soak sweep bench bench-workers bench-web clean
+.PHONY: help serve test test-all test-next lint t pytest repeat stress soak sweep bench bench-workers bench-web clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make serve     install into .venv and run examples/primes.py'
 	@echo 'make test      lint, build sdist and wheel, install the wheel, test it'
-	@echo 'make test-all  the same on every Python 3.11, 3.12, 3.13 of this machine'
+	@echo 'make test-all  the same on every Python of 3.11 to 3.15 of this machine'
+	@echo 'make test-next the same on 3.14 and 3.15 in a chroot of Debian sid, as root; NEXT="3.15" ARGS="-k stop -x"'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make t         T=tests/x/test_y.py K=name: some tests against the checkout, in seconds, without a wheel'
 	@echo 'make pytest    the tests alone; ARGS="-k stop -x" goes to pytest'
@@ -99,7 +100,7 @@ stress: $(BUILD)/wheel
 # A pyenv shim may stand on the path for a version that is not active: what counts is that it runs, and is that version.
 test-all:
 	@tested=; failed=; \
-	for version in 3.11 3.12 3.13; do \
+	for version in 3.11 3.12 3.13 3.14 3.15; do \
 	    for python in python$$version "$${PYENV_ROOT:-$$(pyenv root 2>/dev/null)}"/versions/$$version.*/bin/python; do \
 	        [ "$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $$version ] || continue; \
 	        echo "== Python $$version: $$python"; \
@@ -108,8 +109,12 @@ test-all:
 	        break; \
 	    done; \
 	done; \
-	echo "tested with:$${tested:- no Python of 3.11 to 3.13}; failed:$${failed:- none}"; \
+	echo "tested with:$${tested:- no Python of 3.11 to 3.15}; failed:$${failed:- none}"; \
 	[ -n "$$tested" ] && [ -z "$$failed" ]
+
+# Pythons that no stable distribution has yet. NEXT, ARGS and JOBS reach the script as variables of the environment.
+test-next:
+	@.ci/next
 
 # -- measuring it
 
@@ -126,6 +131,13 @@ bench-web: $(BUILD)/wheel
 	$(BUILD)/rivals/bin/python $(PIP) 'prefork[wsgi,asgi,uvloop]' granian gunicorn uwsgi uvicorn-worker
 	$(BUILD)/rivals/bin/python benchmarks/web.py $(ARGS)
 
+# The chroot of `make test-next` first. Its mounts are in a namespace of their own, but others may have been made by hand,
+# and --one-file-system follows a bind mount from the same disk: so the list of mounts is read.
 clean:
+	@! grep -sF ' $(CURDIR)/.build/' /proc/self/mountinfo || \
+	    { echo 'clean: the above is mounted in .build; unmount it first' >&2; exit 1; }
+	@! [ -e .build/sid.lock ] || flock --nonblock .build/sid.lock true || \
+	    { echo 'clean: `make test-next` runs in .build/sid; let it end first' >&2; exit 1; }
+	@for root in .build/sid .build/sid.new; do ! [ -e $$root ] || rm -rf --one-file-system $$root || exit 1; done
 	rm -rf .build .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
