@@ -19,6 +19,7 @@ from prefork.master.error_guard import Guard
 from prefork.master.roster import Roster
 from prefork.master.stop import Stop
 from prefork.master.worker_handle import WorkerHandle
+from prefork.rules.c_stack import without_interpreter
 from prefork.rules.pool import Pool
 from prefork.rules.worker_exit import Reason, WorkerExit
 
@@ -132,7 +133,7 @@ def report_of(
         entry.requests,
         memory,
         now - handle.born,
-        handle.link.text,
+        without_interpreter(handle.link.text),
         why,
     )
 

@@ -29,5 +29,6 @@ ANYTHING = r".*"
 # socketserver's own BaseServer.handle_error, and what faulthandler writes.
 HANDLER_ERROR = r"-{40}|Exception occurred during processing of request from .*|" + TRACEBACK
 FAULT = (
-    r"Fatal Python error: .*|Current thread .*|Thread .*|  File .*|Timeout .*|Extension modules: .*|  <.*>|\s*\.\.\.|"
+    r"Fatal Python error: .*|Current thread.*|Thread .*|  File .*|Timeout .*|Extension modules: .*|  <.*>|\s*\.\.\.|"
+    r"  Binary file .*|"  # of the C stack, from Python 3.14 on
 )
