@@ -1,11 +1,16 @@
 """A worker's life: boots, limits, deadlines, and what is said of its death."""
 
+import _ctypes
+import platform
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prefork.rules.c_stack import SHORT_HEADER
 from support import Ledger, Load, account, ask, dial, elapse, patterns
 from support.reporting import REPORTING, reports
 from support.scripts import Notes, Start, launch, noted, rest
@@ -152,6 +157,40 @@ def test_a_deaf_request_is_killed_and_explained(start: Start, notes: Notes) -> N
         assert name in report["detail"], report["detail"]
     program.wait_ready(1, without=[worker])
     ask(program.address)
+    program.finish()
+
+
+CRASHING = (
+    REPORTING
+    + """
+class Crashing(Handler):
+    def answer(self, order):
+        import ctypes
+
+        return str(ctypes.string_at(0))
+
+with Reporting(("127.0.0.1", 0), Crashing) as server:
+    server.serve_forever()
+"""
+)
+
+
+def test_a_crash_in_a_library_is_explained(start: Start, notes: Notes) -> None:
+    """The report of a crash has the Python stack, and of the C stack that newer Pythons add only what is not Python."""
+    program = launch(start, CRASHING, allow=[patterns.FAULT]).ready()
+    program.wait_ready(1)
+    with dial(program.address) as sock:
+        sock.sendall(b"x crash\n")
+        assert rest(sock) == b""
+    (report,) = reports(notes)
+    text = report["detail"]
+    assert (report["reason"], report["status"]) == ("KILLED", -signal.SIGSEGV)
+    assert "in string_at" in text and "in answer" in text
+    assert "prefork: worker 0" not in text and "_Py_DumpStack" not in text
+    apart = getattr(_ctypes, "__file__", None)  # some builds have it in the interpreter
+    if sys.version_info >= (3, 14) and apart and platform.libc_ver()[0] == "glibc":
+        assert f"\n{SHORT_HEADER}\n" in text and Path(apart).name in text
+    program.wait_ready(1, without=[report["pid"]])
     program.finish()
 
 
