@@ -1,5 +1,6 @@
 """Fixtures of the integration tests: programs and loads that are checked, shown on failure, and never left behind."""
 
+import ctypes  # noqa: F401  # libffi keeps its own file open from then on, which is no leak of a test
 import gc
 import random
 import shutil

@@ -148,7 +148,7 @@ def test_a_script_keeps_its_own(start: Start) -> None:
 @pytest.mark.parametrize(
     "name,content,kind,says",
     [
-        ("select", APP, "sync", r"/select\.py cannot be imported: 'select' is the name of .*, .*; rename it"),
+        ("select", APP, "sync", r"/select\.py cannot be imported: 'select' is the name of .*; rename it"),
         ("time", APP, "sync", r"/time\.py cannot be imported: 'time' is the name of .* built into Python; rename it"),
         ("json/__init__", APP, "sync", r"/json/__init__\.py cannot be imported: .* /.*/json/__init__\.py, .*"),
         ("app", "import queue\n" + text("thread"), "", r"/queue\.py has the name of a standard module .*; rename it"),
