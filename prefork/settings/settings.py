@@ -21,15 +21,17 @@ class Settings:
     workers: int = setting(
         cast(int, usable_cpus),
         int,
-        "worker processes; default: processors, as many as its cgroup may use",
+        "number of worker processes; default: the processors that the cgroup may use",
         low=1,
         high=MAX_WORKERS,
     )
-    worker_class: Any = setting("sync", object, "a Worker class: sync, thread, asyncio, wsgi, asgi, or MODULE:NAME")
+    worker_class: Any = setting(
+        "sync", object, "class of the workers: sync, thread, asyncio, wsgi, asgi, or MODULE:NAME"
+    )
     threads: int | None = setting(
         None,
         int,
-        "requests at once in a worker of the class thread (default: 16) or wsgi (1)",
+        "requests that one worker serves at the same time; default: 16 in thread, 1 in wsgi",
         low=1,
         high=1024,
         none=True,
@@ -37,53 +39,61 @@ class Settings:
     max_connections: int = setting(
         1000,
         int,
-        "connections at once in a worker of the class asyncio, wsgi or asgi; thread: that wait for has_request()",
+        "connections per worker in asyncio, wsgi and asgi; in thread: those that wait for has_request()",
         low=1,
         high=1_000_000,
     )
     request_timeout: float | None = setting(
         None,
         float,
-        "after so long a request is interrupted, and if that does not help its worker is replaced; default: never",
+        "interrupt a request after this time; if it goes on, replace its worker; default: never",
         low=0.01,
         none=True,
         unit="seconds",
     )
-    boot_timeout: float = setting(30.0, float, "a worker must be ready so soon", low=0.05, unit="seconds")
+    boot_timeout: float = setting(30.0, float, "time a new worker may take to become ready", low=0.05, unit="seconds")
     graceful_timeout: float = setting(
-        30.0, float, "a worker that leaves may finish its request for so long", low=0.0, unit="seconds"
+        30.0, float, "time a departing worker has to finish its requests", low=0.0, unit="seconds"
     )
     keepalive_timeout: float = setting(
         5.0,
         float,
-        "wsgi, asgi, BufferedHTTPMixIn: close a connection that is idle for so long; 0: after each reply",
+        "wsgi, asgi, BufferedHTTPMixIn: close an idle connection after this time; 0: after each reply",
         low=0.0,
         unit="seconds",
     )
-    max_body: int = setting(0, int, "wsgi: refuse a request with a longer body; 0: no limit", low=0, unit="bytes")
-    access_log: str = setting("", str, "wsgi, asgi: a file for one line a request; -: standard output")
-    max_requests: int = setting(0, int, "recycle a worker after so many requests; 0: never", low=0)
+    max_body: int = setting(0, int, "wsgi: refuse a request whose body is longer; 0: no limit", low=0, unit="bytes")
+    access_log: str = setting("", str, "wsgi, asgi: write one line per request to this file; -: standard output")
+    max_requests: int = setting(0, int, "replace a worker after this number of requests; 0: never", low=0)
     max_requests_jitter: int | None = setting(
-        None, int, "spread max_requests by up to so many; default: a tenth of it", low=0, none=True
+        None,
+        int,
+        "lower max_requests by up to this number at random, per worker; default: a tenth of it",
+        low=0,
+        none=True,
     )
-    max_memory: int = setting(0, int, "recycle a worker that owns so much memory (USS; 0: never)", low=0, unit="bytes")
-    max_lifetime: float = setting(0.0, float, "recycle a worker after so long; 0: never", low=0.0, unit="seconds")
+    max_memory: int = setting(
+        0, int, "replace a worker whose own memory (USS) is larger; 0: never", low=0, unit="bytes"
+    )
+    max_lifetime: float = setting(0.0, float, "replace a worker after this time; 0: never", low=0.0, unit="seconds")
     max_surge: int = setting(
-        1, int, "a reload or a recycling may run so many workers more than wanted", low=1, high=MAX_WORKERS
+        1, int, "extra workers that a reload or a replacement may start at a time", low=1, high=MAX_WORKERS
     )
     block_on_close: bool = setting(
-        True, bool, "server_close() waits for the drain (False: orders it and returns)", flag=False
+        True, bool, "server_close() waits until all requests are finished; False: it returns at once", flag=False
     )
     unix_mode: int | None = setting(
         None,
         int,
-        "permissions of a Unix socket's file, in octal; default: 0600, with unix_group 0660",
+        "permissions of the file of a Unix socket, in octal; default: 0600, with unix_group 0660",
         low=0,
         high=0o777,
         none=True,
         octal=True,
     )
-    unix_group: str = setting("", str, "group of a Unix socket's file, by name or number; default: the process's")
+    unix_group: str = setting(
+        "", str, "group of the file of a Unix socket, by name or number; default: the group of the process"
+    )
 
 
 def declared() -> Iterator[Setting]:
