@@ -132,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default: info"
     )
+    parser.add_argument(
+        "--explain", action=_Explain, metavar="CODE", help="explain a message, such as PF0203, and exit"
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and exit")
     return parser
 
@@ -175,4 +178,17 @@ class _Version(argparse.Action):
         except PackageNotFoundError:
             text = "(not installed)"
         print(f"prefork {text}")
+        parser.exit()
+
+
+class _Explain(argparse.Action):
+    """Shows the page of a message code."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, code: object, option: object = None) -> None:
+        from prefork.command.explain import page
+
+        try:
+            print(page(str(code)), end="")
+        except LookupError as error:
+            parser.exit(2, f"prefork: error: --explain: {error.args[0]}\n")
         parser.exit()

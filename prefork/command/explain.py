@@ -1,0 +1,25 @@
+"""`prefork --explain PF0203`: the page of a message. The pages are `docs/messages/`, which the wheel has too."""
+
+import re
+from importlib.resources import files
+
+
+def page(text: str) -> str:
+    """The page of a code, which may be given as the log shows it (`[PF0203]`), or as its number alone.
+
+    Raises
+    ------
+    LookupError
+        There is no such code. The error is one line, and names the nearest one.
+    """
+    pages = files("prefork") / "messages"
+    codes = sorted(name[:-3] for name in (page.name for page in pages.iterdir()) if re.fullmatch(r"PF\d{4}\.md", name))
+    match = re.fullmatch(r"\[?(?:PF)?(\d{1,4})\]?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise LookupError(f"{text!r} is no message code; a code is PF and four digits, such as {codes[0]}")
+    number = int(match[1])
+    code = f"PF{number:04}"
+    if code not in codes:
+        nearest = min(codes, key=lambda known: abs(int(known[2:]) - number))
+        raise LookupError(f"there is no message {code}; the nearest is {nearest}")
+    return (pages / f"{code}.md").read_text(encoding="utf-8")
