@@ -11,25 +11,27 @@ import importlib
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
+import prefork.command.foreign_options as foreign_options
 import prefork.kernel.import_path as import_path
 import prefork.kernel.logs as logs
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.readiness as readiness
 import prefork.servers.server_checks as server_checks
 import prefork.servers.worker_class as worker_class
-from prefork.command.addresses import BindAddress, leaves_ipv4
+from prefork.command.addresses import BindAddresses, leaves_ipv4
 from prefork.command.probe import ProgramProbe, Work
+from prefork.command.program_servers import ServedProgram, make_servers
 from prefork.command.server_sockets import binding, by_address, in_order
-from prefork.command.target import make_servers
 from prefork.errors import OptionError, ProgramError
 from prefork.kernel.listener import Listener
 from prefork.kernel.program_directory import ProgramDirectory
 from prefork.kernel.unix_path import Claim
 from prefork.link.worker_context import WorkerContext
+from prefork.rules.program_kind import ProgramKind
 from prefork.settings.settings import Options, declared, with_whole_paths
 from prefork.workers.base import Worker
 
@@ -37,6 +39,24 @@ log = logs.get("prefork")
 
 FILE_SETTINGS = ("unix_mode", "unix_group")  # they count when a socket's file is made, and never again
 _SWEEP = 0.005  # seconds between two looks at a probe that is to end
+
+
+class ProgramSummary(NamedTuple):
+    """What the last probe has taken the program for, in words of the log."""
+
+    name: str
+    kind: str
+    worker_class: str
+    speaks_http: bool
+
+    @classmethod
+    def of(cls, served: ServedProgram) -> "ProgramSummary":
+        # What cannot be told is served as what a class of workers that was typed serves.
+        kind = "an application" if served.kind is ProgramKind.UNKNOWN else served.kind.value
+        return cls(served.name, kind, worker_class.name_of(served.worker_class), served.speaks_http)
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.kind}; worker class {self.worker_class}"
 
 
 class Program:
@@ -51,16 +71,17 @@ class Program:
     def __init__(
         self,
         target: str,
-        addresses: Sequence[BindAddress],
+        addresses: BindAddresses,
         place: ProgramDirectory,
         flags: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        self.target, self.addresses, self._place, self._flags = target, list(addresses), place, flags
+        self.target, self._addresses, self._place, self._flags = target, addresses, place, flags
         self._worker_class = flags.get("worker_class")
         self._file_settings = {name: flags[name] for name in FILE_SETTINGS if name in flags}
         self.sockets: list[socket.socket] = []
         self._claims: list[Claim | None] = []  # of each socket
         self.settings: dict[str, object] = {}
+        self.summary = ProgramSummary("", "", "", False)
         self._asked: list[object] = []  # the addresses as they were asked for, before the kernel chose a port
         self._probes: list[ProgramProbe] = []
 
@@ -73,7 +94,9 @@ class Program:
             as `make_servers()` does.
         """
         if isinstance(self._worker_class, str):
-            self._worker_class = worker_class.reference(self._worker_class)
+            typed, self._worker_class = self._worker_class, worker_class.reference(self._worker_class)
+            if typed == self._worker_class and (text := foreign_options.class_refusal(typed)):
+                raise OptionError(text)
             if self._worker_class in worker_class.CLASSES.values():
                 worker_class.resolve(self._worker_class)  # imported here, once, and before the program
         probe = self._begin(self._first_probe, timeout)
@@ -85,6 +108,7 @@ class Program:
             probe.abandon()
             raise
         self.settings, self._asked = answer["settings"], answer["asked"]
+        self.summary = ProgramSummary(*answer["summary"])
         number = len(self._asked)
         locks = iter(fds[number:])
         for claim in answer["claims"]:
@@ -105,11 +129,10 @@ class Program:
 
     def worker(self, context: WorkerContext) -> Worker:
         """In a worker: import the program around the inherited listeners."""
-        kind = self._enter()
+        given = self._enter()
         with binding(in_order(self.sockets)):
-            servers = make_servers(self.target, self.addresses, self._place, kind)
-        kind = kind or worker_class.resolve(getattr(servers[0], "worker_class", "sync"))
-        return worker_class.make_worker(kind, servers, context)
+            served = make_servers(self.target, self._addresses, self._place, given)
+        return worker_class.make_worker(served.worker_class, served.servers, context)
 
     def collect(self) -> float | None:
         """Collect the probes that have ended. Returns when to look again (`time.monotonic()`); None: none is to end."""
@@ -139,6 +162,10 @@ class Program:
             if name not in self._flags and answer["settings"].get(name) != self.settings.get(name):
                 log.warning("%s: a change takes a new start; the socket's file is there already", name)
         self._import(answer)
+        summary = ProgramSummary(*answer["summary"])
+        if summary != self.summary:
+            log.info("%s", summary)
+            self.summary = summary
         return options
 
     def options_of(self, settings: Mapping[str, object]) -> Options:
@@ -165,28 +192,29 @@ class Program:
         self._place.enter()
         return None if self._worker_class is None else worker_class.resolve(self._worker_class)
 
-    def _make_servers(self, kind: type[Worker] | None) -> list[Any]:
+    def _make_servers(self, given: type[Worker] | None) -> ServedProgram:
         """The program's servers, in a probe: checked."""
-        servers = make_servers(self.target, self.addresses, self._place, kind)
-        server_checks.checked_options(servers, kind)
+        served = make_servers(self.target, self._addresses, self._place, given)
+        server_checks.checked_options(served.servers, served.worker_class)
         for name, module in import_path.shadowing.items():  # a worker could not import what was imported here
             file = getattr(module, "__file__", None)
             raise ProgramError(
                 f"{file or name} has the name of a standard module that its worker_class needs; rename it"
             )
-        return servers
+        return served
 
     def _first_probe(self) -> tuple[dict[str, Any], list[int]]:
         """Bind, and hand up the listeners with what the master is to know."""
         kind = self._enter()
 
         def take(server: Any) -> None:
-            if leaves_ipv4(server, self.addresses):
+            if leaves_ipv4(server, self._addresses.typed):
                 server.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
         with binding(take, claims=self._file_settings) as asked:
             try:
-                servers = self._make_servers(kind)
+                program = self._make_servers(kind)
+                servers = program.servers
                 # In the order in which they were bound, which is the order in which a worker will ask for them.
                 bound = [(made, address) for made, address in asked if any(made is server for server in servers)]
                 if len(bound) != len(asked):
@@ -195,7 +223,7 @@ class Program:
                     raise ProgramError(f"{self.target} returned a server that is not bound")
                 claims = [getattr(made, "_claim", None) for made, _ in bound]
                 handed = [claim and claim.hand_over() for claim in claims]
-                settings = _settings_of(servers[0])
+                settings = _settings_of(program)
             except BaseException:
                 for made, _ in asked:  # or the path of a first address would outlive the failure of a second
                     with contextlib.suppress(Exception):
@@ -207,6 +235,7 @@ class Program:
             "settings": settings,
             "asked": [address for _, address in bound],
             "claims": [claim and claim[:2] for claim in handed],
+            "summary": ProgramSummary.of(program),
             "modules": _own_modules(),
         }
         return answer, fds
@@ -216,19 +245,20 @@ class Program:
         kind = self._enter()
         try:
             with binding(by_address(self._asked, self.sockets)) as asked:
-                servers = self._make_servers(kind)
-            settings = _settings_of(servers[0])
+                program = self._make_servers(kind)
+            settings = _settings_of(program)
         finally:
             for sock in self.sockets:
                 sock.close()  # this child may be there for a while yet
         if len(asked) < len(self._asked):
             raise OptionError("the program now serves fewer addresses; that takes a new start")
-        return {"settings": settings, "modules": _own_modules()}, []
+        return {"settings": settings, "summary": ProgramSummary.of(program), "modules": _own_modules()}, []
 
 
-def _settings_of(server: Any) -> dict[str, object]:
-    """What a server of the program sets. Raises OptionError where that is wrong."""
-    settings = {
+def _settings_of(program: ServedProgram) -> dict[str, object]:
+    """What the program sets. Raises OptionError where that is wrong."""
+    server = program.servers[0]
+    settings: dict[str, object] = {
         setting.name: value
         for setting in declared()
         if setting.flag
@@ -236,6 +266,7 @@ def _settings_of(server: Any) -> dict[str, object]:
         and (value := getattr(server, setting.name, None)) is not None
         and value != setting.__get__(None)
     }
+    settings["worker_class"] = worker_class.name_of(program.worker_class)
     Options(settings)
     return settings
 

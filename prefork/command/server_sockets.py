@@ -88,8 +88,11 @@ def by_address(addresses: list[object], sockets: list[socket.socket]) -> Take:
     remaining = list(zip(addresses, sockets, strict=True))
 
     def take(server: Any) -> socket.socket:
-        if remaining and remaining[0][0] == plain(server.server_address):
-            return remaining.pop(0)[1]
+        address, sock = remaining[0] if remaining else (None, None)
+        # An address typed without a kind of socket takes the kind that the program serves, which may have changed.
+        if sock is not None and address == plain(server.server_address) and sock.type == server.socket_type:
+            remaining.pop(0)
+            return sock
         if server.address_family != socket.AF_UNIX:  # binding there would leave a file
             with socket.socket(server.address_family, server.socket_type) as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,122 +1,130 @@
-"""From `MODULE:NAME` to servers: imports the program, and makes of what NAME stands for the servers to be served.
+"""From the words `MODULE:NAME` to the object: imports the program's module and finds NAME in it.
 
-NAME may be a handler class, a server class, a server, a callable that returns servers, or, for a class of workers that
-serves one, an application. This runs in children of the command only.
+Without a NAME the first of `NAMES` that the module has is taken. `NAME()` stands for what a call of NAME returns. This
+runs in children of the command only.
 """
 
+import contextlib
 import importlib
 import importlib.machinery
-import inspect
+import importlib.util
 import os
-import socket
-import socketserver
+import re
 import sys
-from collections.abc import Callable, Sequence
+import types
 from typing import Any
 
-import prefork.servers.mixin as mixin
-import prefork.workers.intake.dispatch as dispatch
-from prefork.command.addresses import BindAddress
 from prefork.command.probe import own_traceback
 from prefork.errors import OptionError, ProgramError
 from prefork.kernel.program_directory import ProgramDirectory
-from prefork.workers.base import Worker
 
-_SERVERS: dict[tuple[bool, int], type[socketserver.BaseServer]] = {
-    (False, socket.SOCK_STREAM): mixin.PreforkTCPServer,
-    (False, socket.SOCK_DGRAM): mixin.PreforkUDPServer,
-    (True, socket.SOCK_STREAM): mixin.PreforkUnixStreamServer,
-    (True, socket.SOCK_DGRAM): mixin.PreforkUnixDatagramServer,
-}
+NAMES = ("app", "application", "create_app", "Handler")  # what `prefork MODULE` looks for, in this order
+
+_FILE = re.compile(r"(?P<folder>.*/)?(?P<module>[^/:]+?)(?:\.py)?(?::(?P<name>.*))?")
 
 
-def make_servers(
-    target: str, addresses: Sequence[BindAddress], place: ProgramDirectory, kind: type[Worker] | None = None
-) -> list[Any]:
-    """Import `target` and make its servers. Inside `binding()` these get their sockets from the command.
-
-    Parameters
-    ----------
-    place
-        Where the program is; entered already.
-    kind
-        The class of workers, where the command was given one: some serve an application in the place of a handler.
+def load(target: str, place: ProgramDirectory) -> tuple[str, Any]:
+    """Import `MODULE:NAME`. Returns the name with what was found for it, `MODULE:NAME` in full, and the object.
 
     Raises
     ------
-    ProgramError
-        NAME cannot be imported, or stands for nothing that can be served.
     OptionError
-        The addresses do not fit it.
-    OSError
-        An address cannot be bound.
-    """
-    named = load(target, place)
-    is_class = isinstance(named, type)
-    is_server_class = is_class and issubclass(named, socketserver.BaseServer)
-    is_handler = is_class and (issubclass(named, socketserver.BaseRequestHandler) or dispatch.is_async(named))
-    is_application = kind is not None and kind.application and not is_server_class
-    if is_application and not callable(named):
-        raise ProgramError(f"{target} is {named!r}, which is no application: it cannot be called")
-    if (is_server_class or is_application or is_handler) and not addresses:
-        raise OptionError(f"{target} needs an address; add -b tcp://127.0.0.1:9999")
-    if is_server_class:
-        if not issubclass(named, mixin.PreforkMixIn):
-            named = type(named.__name__, (mixin.PreforkMixIn, named), {})
-        return [_make_server(named, address, getattr(named, "RequestHandlerClass", None)) for address in addresses]
-    if is_application or is_handler:
-        if not is_application:
-            for address in addresses:
-                dispatch.check_handler(named, address.kind)
-        return [
-            _make_server(_SERVERS[address.family == socket.AF_UNIX, address.kind], address, named)
-            for address in addresses
-        ]
-    if isinstance(named, socketserver.BaseServer):
-        if addresses:
-            raise OptionError(f"{target} is a server that has an address already; leave -b out")
-        return [named]
-    if not callable(named):
-        raise ProgramError(
-            f"{target} is {named!r}: no handler class, no server class, and no callable that returns a server"
-        )
-    calls = [[address.address] for address in addresses] or [[]]
-    return [server for arguments in calls for server in _call(named, target, arguments)]
-
-
-def load(target: str, place: ProgramDirectory) -> Any:
-    """Import `MODULE:NAME` and return what it names, or what that returns where NAME ends in `()`.
-
-    Raises
-    ------
+        The words are no `MODULE:NAME`; it says what to type.
     ProgramError
-        with the program's own traceback, if its import or its call raises.
+        There is no such module or name, or its import or its call raises; then with the program's own traceback.
     """
-    is_call = target.endswith("()")
-    module_name, colon, name = target.removesuffix("()").partition(":")
-    if not colon or not module_name or not name:
-        raise OptionError(f"{target!r} is no program; write MODULE:NAME, such as myserver:Handler")
+    module_name, is_call, name = parse(target)
     _refuse_shadowed(module_name.partition(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ProgramError(f"there is no module {error.name!r} in {place} or on the module path") from None
+            hint = _similar_module(module_name, place)
+            raise ProgramError(f"there is no module {error.name!r} in {place} or on the module path{hint}") from None
         raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
     except BaseException:
         raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
+    name = name or _usual_name(module)
     named: Any = module
     for part in name.split("."):
         try:
             named = getattr(named, part)
         except AttributeError:
-            raise ProgramError(f"module {module_name!r} has no {name!r}") from None
+            raise ProgramError(f"module {module_name!r} has no {name!r}{_similar_name(module, name)}") from None
     if not is_call:
-        return named
+        return f"{module_name}:{name}", named
     try:
-        return named()
+        return f"{module_name}:{name}()", named()
     except BaseException:
         raise ProgramError(f"{target} raised\n{own_traceback()}") from None
+
+
+def parse(target: str) -> tuple[str, bool, str]:
+    """The module, whether NAME is to be called, and NAME; "": the usual one.
+
+    Raises
+    ------
+    OptionError
+        saying what to type.
+    """
+    module_name, colon, name = target.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        raise OptionError(f"{target!r} is the name of a file; {_instead_of_file(target)}")
+    is_call = name.endswith("()")
+    name = name.removesuffix("()")
+    if "(" in name:
+        raise OptionError(
+            f"{target!r}: a call takes no arguments here; write a function that makes the application, and name that"
+        )
+    parts = [*module_name.split("."), *(name.split(".") if colon else [])]
+    if not all(part.isidentifier() for part in parts):
+        raise OptionError(f"{target!r} is no program; write MODULE:NAME, such as app:app for `app` in app.py")
+    return module_name, is_call, name
+
+
+def _instead_of_file(target: str) -> str:
+    match = _FILE.fullmatch(target)
+    if match is None or not match["module"].isidentifier():
+        return "write MODULE:NAME, such as app:app for `app` in app.py"
+    folder = match["folder"] or ""
+    folder = "" if folder.strip("./") == "" and ".." not in folder and folder[:1] != "/" else folder
+    name = f":{match['name']}" if match["name"] else ""
+    return f"type the module: prefork {f'--chdir {folder} ' if folder else ''}{match['module']}{name}"
+
+
+def _usual_name(module: types.ModuleType) -> str:
+    """The name that a module has for what is served."""
+    for name in NAMES:
+        if not isinstance(getattr(module, name, module), types.ModuleType):
+            return name
+    inner = ""
+    for part in ("wsgi", "asgi"):  # a project of Django has them beside its settings
+        with contextlib.suppress(Exception):
+            if importlib.util.find_spec(f"{module.__name__}.{part}") is not None:
+                inner = f"; type prefork {module.__name__}.{part}"
+                break
+    raise ProgramError(
+        f"module {module.__name__!r} has no {', '.join(NAMES[:-1])} or {NAMES[-1]}"
+        + (inner or f"; type prefork {module.__name__}:NAME")
+    )
+
+
+def _similar_module(wanted: str, place: ProgramDirectory) -> str:
+    names = []
+    with contextlib.suppress(OSError):
+        names = [entry.removesuffix(".py") for entry in os.listdir(place.name or ".") if entry.endswith(".py")]
+    return _did_you_mean(wanted, names)
+
+
+def _similar_name(module: types.ModuleType, wanted: str) -> str:
+    return _did_you_mean(wanted, [name for name in vars(module) if not name.startswith("_")])
+
+
+def _did_you_mean(wanted: str, names: list[str]) -> str:
+    import difflib  # only an error needs it
+
+    close = difflib.get_close_matches(wanted, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _refuse_shadowed(name: str) -> None:
@@ -129,39 +137,3 @@ def _refuse_shadowed(name: str) -> None:
     if spec is not None and spec.origin and os.path.realpath(spec.origin) != os.path.realpath(file or ""):
         other = f"{file}, which prefork stands on" if file else "a module that is built into Python"
         raise ProgramError(f"{spec.origin} cannot be imported: {name!r} is the name of {other}; rename it")
-
-
-def _make_server(kind: type[Any], address: BindAddress, handler: Any) -> Any:
-    """A server of a class, at one address of the command line."""
-    if getattr(kind, "socket_type", address.kind) != address.kind:
-        raise OptionError(f"{kind.__name__} cannot serve {address.text}: the one takes streams, the other datagrams")
-    if (kind.address_family == socket.AF_UNIX) != (address.family == socket.AF_UNIX):
-        raise OptionError(f"{kind.__name__} cannot serve {address.text}: it is of another address family")
-    if address.family != kind.address_family:
-        kind = type(kind.__name__, (kind,), {"address_family": address.family})
-    try:
-        return kind(address.address, handler) if handler is not None else kind(address.address)
-    except OSError as error:
-        if error.filename is None:
-            error.filename = address.text
-        raise
-
-
-def _call(factory: Callable[..., Any], target: str, arguments: list[Any]) -> list[Any]:
-    """The servers that a callable returns, which is given an address or nothing."""
-    try:
-        inspect.signature(factory).bind(*arguments)
-    except TypeError:
-        how = "without an address (leave -b out)" if arguments else "with an address (add -b)"
-        raise OptionError(
-            f"{target} must be called {how}, if it makes servers; if it is an application, name its kind of workers "
-            "(--worker-class wsgi or asgi)"
-        ) from None
-    except ValueError:
-        pass  # a builtin tells nothing about its parameters
-    returned = factory(*arguments)
-    servers = list(returned) if isinstance(returned, list | tuple) else [returned]
-    for server in servers:
-        if not isinstance(server, socketserver.BaseServer):
-            raise ProgramError(f"{target} returned {server!r}, which is no socketserver server")
-    return servers

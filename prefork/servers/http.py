@@ -16,10 +16,10 @@ import io
 import re
 import socket
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefork.servers.http_stream import HoldingWriter, Wire
-from prefork.servers.mixin import PreforkMixIn
+from prefork.servers.mixin import PreforkMixIn, PreforkUnixStreamServer
 
 if TYPE_CHECKING:
     _Handler = http.server.BaseHTTPRequestHandler
@@ -34,6 +34,13 @@ class PreforkHTTPServer(PreforkMixIn, http.server.HTTPServer):
         super().server_bind()
         if self.address_family in (socket.AF_INET, socket.AF_INET6):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class PreforkUnixHTTPServer(PreforkUnixStreamServer):
+    """Handlers of `http.server` on a Unix socket. These write a client's address to the log, which has none there."""
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        super().finish_request(request, client_address or ("unix", 0))
 
 
 class BufferedHTTPMixIn(_Handler):

@@ -62,6 +62,19 @@ def reference(name: str) -> str:
     return next((point.value for point in entry_points(group=ENTRY_POINTS, name=name)), name)
 
 
+def name_of(kind: type[Worker]) -> str:
+    """The name of a class in a line of the log: our short one, or `MODULE:NAME`."""
+    own = kind.__module__.startswith("prefork.workers.")
+    short = (name for name, whole in CLASSES.items() if own and whole.endswith(f":{kind.__name__}"))
+    return next(short, f"{kind.__module__}:{kind.__qualname__}")
+
+
+def is_web(kind: type[Worker]) -> bool:
+    """Whether a class serves WSGI or ASGI applications: it is one of ours for these, or a subclass."""
+    rooms = ("prefork.workers.wsgi.", "prefork.workers.asgi.")
+    return any(base.__module__.startswith(rooms) for base in kind.__mro__)
+
+
 def make_worker(kind: type[W], servers: Sequence[Any], context: WorkerContext) -> W:
     """In the child: a worker around its own copy of the servers."""
     logs.enter_child()  # again: a program may have closed some when it was imported

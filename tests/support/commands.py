@@ -53,6 +53,9 @@ def make_trouble():
 def application(environ, start_response):
     return []
 
+def anything(*arguments):
+    return []
+
 class Nested:
     Inside = Versioned
 
