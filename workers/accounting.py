@@ -22,6 +22,7 @@ from time import monotonic
 
 import prefork.link.scoreboard as scoreboard
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
+from prefork.workers.recycling import Recycling
 
 Cells = tuple["memoryview[int]", "memoryview[float]"]
 
@@ -124,8 +125,8 @@ class ActiveRequest:
                 registry.changed.notify_all()
         finally:
             registry.lock.release()
-        if count >= registry.limit:
-            registry.look(count, end)
+        if count >= registry.first_check:
+            registry.check(count, end)
         if self.outer is not None:
             # An endless row of requests, each begun in the one before, would keep all of them otherwise.
             self.outer = innermost(self.outer)
@@ -190,8 +191,8 @@ class UntimedRequest(ActiveRequest):
             else:
                 registry.published = None
                 floats[BUSY_SINCE] = 0.0
-        if count >= registry.limit:
-            registry.look(count, end)
+        if count >= registry.first_check:
+            registry.check(count, end)
 
     __exit__ = end
 
@@ -217,8 +218,8 @@ class ActiveRequests:
         The worker's slot.
     timeout
         Seconds that a request usually has, 0.0 where it has no deadline.
-    limit, look
-        From the request of this number on `look(count, now)` is called after each.
+    recycling
+        Its `check()` is called after each request, from the number `first_check` on.
     judge
         Interrupts what is late. Called in the main thread after an interrupt that came as a request within another
         began or ended, when the accounts were in disorder.
@@ -228,11 +229,11 @@ class ActiveRequests:
         self,
         board: scoreboard.Slot,
         timeout: float,
-        limit: int,
-        look: Callable[[int, float], object],
+        recycling: Recycling,
         judge: Callable[[], object],
     ) -> None:
-        self.timeout, self.limit, self.look, self.judge = timeout, limit, look, judge
+        self.timeout, self.judge = timeout, judge
+        self.first_check, self.check = recycling.first_check, recycling.check
         self.count, self.spent = 0, 0.0  # requests, and seconds in them
         self.open: dict[ActiveRequest, None] = {}  # oldest first
         # Of these: `default_deadlines` are in the order of their deadlines, for all have the same timeout.

@@ -9,7 +9,6 @@ request that is past its deadline.
 import contextlib
 import faulthandler
 import os
-import random
 import signal
 import socket
 import socketserver
@@ -25,16 +24,15 @@ import prefork.kernel.log_rotation as log_rotation
 import prefork.kernel.logs as logs
 import prefork.link.scoreboard as scoreboard
 import prefork.link.uplink as uplink
-import prefork.rules.pacing as pacing
 import prefork.workers.intake.dispatch as dispatch
 from prefork.errors import RequestTimeout
-from prefork.kernel.own_process import own_memory, set_title
+from prefork.kernel.own_process import set_title
 from prefork.link.worker_context import INTERRUPT, WorkerContext
 from prefork.rules.states import Phase
 from prefork.workers.accounting import ActiveRequest, ActiveRequests
 from prefork.workers.intake.acceptor import Accepted, Acceptor
 from prefork.workers.lifecycle import ToldToLeave, exit_code
-from prefork.workers.recycling import RecycleLimits
+from prefork.workers.recycling import Recycling
 
 log = logs.get("prefork")
 
@@ -101,19 +99,16 @@ class Worker:
         self._disowned = False  # in a child that the program forked from this worker
         self._board = context.board
         self._uplink = uplink.UplinkWriter(context.uplink_write, context.token)
-        self._recycle_requested = False
         self._ready = False
         self._acceptor: Acceptor | None = None
         self._drain_ends: tuple[int, int] | None = None
         self._handed: dict[int, ActiveRequest] | None = None  # what the chain may give to another thread, by id
         self._stuck = False
-        options = self.options
-        requests = pacing.recycle_after(options.max_requests, options.requests_jitter, random.Random(context.seed))
-        self._recycle_limits = RecycleLimits(self.slot, requests, options.max_memory, own_memory)
-        self._limit = self._recycle_limits.first_check  # after which request to call `_look()`
+        self._recycling = Recycling(context, self._uplink.say)
+        self._first_check = self._recycling.first_check
         limit = self.options.request_timeout
         self._timeout = limit + self.slack if limit else 0.0
-        self._requests = ActiveRequests(self._board, self._timeout, self._limit, self._look, self._judge)
+        self._requests = ActiveRequests(self._board, self._timeout, self._recycling, self._judge)
 
     # -- may be overridden -----------------------------------------------------------------------------------------
 
@@ -246,20 +241,11 @@ class Worker:
 
     def recycle(self, reason: str = "") -> None:
         """Ask to be replaced. The worker serves on until its replacement is ready."""
-        if not self._recycle_requested:
-            self._recycle_requested = True
-            self._uplink.say(uplink.RECYCLE, reason)
+        self._recycling.request(reason)
 
     def _ask_to_stop(self) -> None:
         """Ask the master to stop the whole pool gracefully. Returns at once."""
         self._uplink.say(uplink.STOP)
-
-    # -- between two requests --------------------------------------------------------------------------------------
-
-    def _look(self, count: int, now: float) -> None:
-        """After a request: ask to be recycled where a limit is reached."""
-        if not self._recycle_requested and (reason := self._recycle_limits.reason(count, now)):
-            self.recycle(reason)
 
     def _say_threads(self, number: int) -> None:
         """So many threads may keep the main one from the interpreter when a signal comes: the master waits longer."""

@@ -1,20 +1,7 @@
-"""This process: its title in ps and top, its memory."""
+"""This process: its title in ps and top, and what it does before it forks."""
 
 import gc
 import sys
-from typing import Any
-
-
-def own_memory() -> int:
-    """Bytes that would be freed if this process ended (USS), or its resident set where that is not known."""
-    import psutil
-
-    process = psutil.Process()
-    try:
-        info: Any = process.memory_full_info()
-        return int(getattr(info, "uss", info.rss))
-    except psutil.Error:
-        return int(process.memory_info().rss)
 
 
 def prepare(*, memory: bool) -> None:

@@ -183,8 +183,8 @@ class ASGIApplication:
             else:
                 requests.published = None
                 floats[BUSY_SINCE] = 0.0
-            if count >= requests.limit:
-                requests.look(count, end)
+            if count >= requests.first_check:
+                requests.check(count, end)
 
     async def _serve_in_time(self, scope: Message, receive: Receive, send: Send) -> Any:
         if scope["type"] != "http":

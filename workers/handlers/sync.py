@@ -54,7 +54,7 @@ class SyncWorker(Worker):
         )
         port_at = scoreboard.PEER_PORT
         inet = has_plain_peers(server)
-        over, timeout, limit = self.acceptor.over, self._timeout, self._limit
+        over, timeout, limit = self.acceptor.over, self._timeout, self._first_check
         count, total, last_host = 0, 0.0, ""
         try:  # around the loop: one within it has the interpreter jump over its `except` at each turn
             while True:
@@ -93,7 +93,7 @@ class SyncWorker(Worker):
                 floats[spent] = total
                 floats[since] = 0.0
                 if count >= limit:
-                    self._look(count, end)
+                    self._recycling.check(count, end)
         except ValueError as error:
             if requests.fast_path_cells is not None or error.__traceback__.tb_next is not None:  # type: ignore[union-attr]
                 raise  # of what is called here, no store

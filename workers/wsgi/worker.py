@@ -197,8 +197,8 @@ class WSGIWorker(Limits, Worker):
             except ValueError:
                 self._requests.fast_path_request.end()
             else:
-                if count >= self._limit:
-                    self._look(count, end)
+                if count >= self._first_check:
+                    self._recycling.check(count, end)
         return True
 
     def _refuse(self, connection: Connection) -> None:
