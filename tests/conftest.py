@@ -22,6 +22,9 @@ from support import Ledger, Load, Program
 DICE = random.SystemRandom()
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
+# aiosmtpd imports typing.ByteString, of which Python 3.15 warns. Its other modules may not warn of anything.
+WARNINGS = {"smtp_intake": "default,ignore::DeprecationWarning:aiosmtpd.proxy_protocol"}
+
 STARTED = pytest.StashKey[list[Program]]()
 FAILED = pytest.StashKey[bool]()
 
@@ -153,8 +156,11 @@ def port() -> int:
 def example(start: Callable[..., Program]) -> Callable[..., Program]:
     """`example("echo", port)`: the example, with all its workers ready."""
 
-    def begin(name: str, *arguments: object, workers: int = 4, **options: object) -> Program:
-        program = start(EXAMPLES / f"{name}.py", *arguments, **options)
+    def begin(
+        name: str, *arguments: object, workers: int = 4, env: dict[str, str] | None = None, **options: object
+    ) -> Program:
+        env = {"PYTHONWARNINGS": WARNINGS.get(name, "default"), **(env or {})}
+        program = start(EXAMPLES / f"{name}.py", *arguments, env=env, **options)
         program.wait_ready(workers, timeout=10)
         return program
 
