@@ -58,6 +58,7 @@ class BufferedHTTPMixIn(_Handler):
     """
 
     protocol_version = "HTTP/1.1"
+    raw_requestline: bytes
 
     write_limit = 65536  # bytes that are held back at most
     skip_limit = 65536  # bytes of a request's body that a handler may leave unread without losing the connection
@@ -79,13 +80,14 @@ class BufferedHTTPMixIn(_Handler):
         self._body: int | None = 0  # bytes that follow the request's head; None: unknown
         self._unread = False  # a part of it still comes
         self._begun = 0  # where they begin, in what was received
+        self._in_head = False  # the request's head is not parsed yet
 
     def handle_one_request(self) -> None:
         wire = self._wire
         if wire.requests and not self._buffered():
             wire.idle = True
         wire.requests += 1
-        self._known_end, self._body = False, 0
+        self._known_end, self._body, self._in_head = False, 0, True
         super().handle_one_request()
         self.close_connection = self.close_connection or not self._known_end
         if self._body != 0 and not self._body_is_read():
@@ -107,10 +109,18 @@ class BufferedHTTPMixIn(_Handler):
             self._known_end = True
         super().send_response_only(code, message)
 
-    def send_header(self, keyword: str, value: str) -> None:
+    def send_header(self, keyword: str, value: str, **private: Any) -> None:
         if len(keyword) in (14, 17) and keyword.lower() in ("content-length", "transfer-encoding"):
             self._known_end = True
-        super().send_header(keyword, value)
+        super().send_header(keyword, value, **private)  # Python 3.15 has an argument for its own headers
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        if self._in_head:
+            self._unread = True
+            # HTTP/0.9 until a version is read: a reply without a status. Before Python 3.14 errors were such replies.
+            if self.request_version == "HTTP/0.9":
+                self.request_version = ""
+        super().send_error(code, message, explain)
 
     def end_headers(self) -> None:
         if self._final and not self.close_connection:
@@ -123,11 +133,24 @@ class BufferedHTTPMixIn(_Handler):
     # -- requests --------------------------------------------------------------------------------------------------
 
     def parse_request(self) -> bool:
-        good = super().parse_request()
+        words = str(self.raw_requestline, "iso-8859-1").split()  # as it is split there: other blanks count, too
+        good = self._parse_old_request() if len(words) == 2 else super().parse_request()
+        self._in_head = False
         if good:
             self._body = _length(self.headers)
         if self._body:
             self._begun = self._wire.taken - self._buffered()
+        return good
+
+    def _parse_old_request(self) -> bool:
+        """A request of HTTP/0.9 has no headers. Before Python 3.14 they were awaited all the same."""
+        rfile, self.rfile = self.rfile, io.BytesIO()
+        try:
+            good = super().parse_request()
+        finally:
+            self.rfile = rfile
+        self.headers = self.MessageClass()  # where Python 3.14 leaves a dict
+        self._unread = True  # a client that sends headers, or an empty line, may do so later
         return good
 
     def _buffered(self) -> int:

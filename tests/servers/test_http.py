@@ -1,5 +1,6 @@
 """`http.server` on the pool: replies in one piece, bodies of requests, and other servers than the pool's."""
 
+import functools
 import http.client
 import http.server
 import socket
@@ -7,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.timeout(60)
 # -- replies ---------------------------------------------------------------------------------------
 
 
-def pieces(handler: type[http.server.BaseHTTPRequestHandler], request: bytes) -> list[bytes]:
+def pieces(handler: Callable[..., object], request: bytes) -> list[bytes]:
     """What a handler sends, by system call: this kind of socket keeps the bounds."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     found: list[bytes] = []
@@ -39,7 +42,7 @@ def pieces(handler: type[http.server.BaseHTTPRequestHandler], request: bytes) ->
         far.shutdown(socket.SHUT_WR)
         thread = threading.Thread(target=listen)
         thread.start()
-        handler(near, ("", 0), SimpleNamespace())  # type: ignore[arg-type]  # it asks nothing of its server
+        handler(near, ("", 0), SimpleNamespace())  # it asks nothing of its server
         near.shutdown(socket.SHUT_WR)
         thread.join(5)
     return found
@@ -228,6 +231,9 @@ def test_a_refused_upload_is_told(start: Start) -> None:
     program = serve(start)
     with ExitStack() as stack:
         client = Client(program, stack)
+        client.sock.sendall(b"GET /" + b"x" * 3_000_000 + b" HTTP/1.1\r\n\r\n")
+        assert client.hear()[0] == 414 and client.ended()
+        client = Client(program, stack)
         client.send("", "PUT", Content_Length="3000000")
         client.sock.sendall(b"x" * 3_000_000)
         assert client.hear()[0] == 501 and client.ended()
@@ -235,6 +241,72 @@ def test_a_refused_upload_is_told(start: Start) -> None:
         client.send("ignore", "POST", b"x" * 3_000_000)
         assert client.hear()[2] == b"ignored" and client.ended()
     program.finish()
+
+
+# -- odd requests ----------------------------------------------------------------------------------
+
+LONG = b"x" * 70_000
+ODD = {
+    "long line": (b"GET /" + LONG + b" HTTP/1.1\r\n\r\n", 414),
+    "long header": (b"GET / HTTP/1.1\r\nA: " + LONG + b"\r\n\r\n", 431),
+    "many headers": (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+    "one word": (b"GET\r\n\r\n", 400),
+    "four words": (b"GET /a b HTTP/1.1\r\n\r\n", 400),
+    "another protocol": (b"GET / HTTX/1.1\r\n\r\n", 400),
+    "no minor version": (b"GET / HTTP/1\r\n\r\n", 400),
+    "a later version": (b"GET / HTTP/2.0\r\n\r\n", 505),
+    "POST of HTTP/0.9": (b"POST /\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("before", [b"", GET.replace(b" / ", b" /done ")], ids=["first", "kept"])
+def test_a_head_that_cannot_be_parsed(start: Start, before: bytes) -> None:
+    """The error has a status and headers and ends the connection, on every version of Python."""
+    program = serve(start)
+    with ExitStack() as stack:
+        for request, code in ODD.values():
+            client = Client(program, stack)
+            client.sock.sendall(before + request)
+            if before:
+                assert client.hear()[0] == 200
+            status, headers, body = client.hear()
+            assert (status, headers["Connection"], len(body)) == (code, "close", int(headers["Content-Length"]))
+            assert client.ended()
+    program.finish()
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"A: b\r\n\r\n"])
+def test_a_request_without_a_version(start: Start, more: bytes) -> None:
+    """HTTP/0.9: the line alone is a request, whatever may follow; the reply has no head, and the connection ends."""
+    program = serve(start)
+    with ExitStack() as stack:
+        client = Client(program, stack)
+        client.sock.sendall(b"GET /done\r\n" + more)
+        assert client.file.read() == b"%d done" % program.children()[0]
+    program.finish()
+
+
+def test_blanks_that_are_not_ascii(start: Start) -> None:
+    """The standard library splits a request at them: such a request has a version, and its headers are headers."""
+    program = serve(start)
+    with ExitStack() as stack:
+        client = Client(program, stack)
+        client.sock.sendall(b"POST\xa0/ HTTP/1.1\r\nContent-Length: 4\r\n\r\nbody")
+        assert client.hear()[2] == b"body"
+        assert client.ask("done") == "done"
+    program.finish()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 15), reason="extra_response_headers is Python 3.15's")
+def test_extra_headers(tmp_path: Path) -> None:
+    """The headers that a server of files adds to its replies are sent."""
+    (tmp_path / "index.html").write_text("text")
+    kept: Any = type(
+        "Kept", (BufferedHTTPMixIn, http.server.SimpleHTTPRequestHandler), {"log_message": Page.log_message}
+    )
+    extra = functools.partial(kept, directory=str(tmp_path), extra_response_headers=[("X-More", "one")])
+    (reply,) = pieces(extra, GET)
+    assert b"\r\nX-More: one\r\n" in reply and reply.endswith(b"\r\n\r\ntext")
 
 
 # -- with other servers ----------------------------------------------------------------------------
