@@ -281,9 +281,11 @@ def test_a_queue_that_no_worker_is_left_for_when_the_stop_begins() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock, socket.create_connection(sock.getsockname()):
         running = loop.Master([Listener(sock)], Options({"workers": 1}), start, hooks)
         now = time.monotonic()
-        running.pool.spawned(Spawn(0, 1), 1, now)
-        running.pool.booted(1, now)
-        running.pool.exited(1, now, status=1, served=False)
+        for pid in range(1, 9):  # until the back-off is longer than a busy machine takes for the stop
+            running.pool.spawned(Spawn(0, 1), pid, now)
+            running.pool.booted(pid, now)
+            running.pool.exited(pid, now, status=1, served=False)
+        assert (running.pool.next_deadline() or 0.0) > now + 5
         running.stop()
         running.run()
         running.close()
