@@ -38,7 +38,8 @@ prefork serves a program from a supervised pool of processes. The three commones
     prefork app:Handler -b 9999      a handler class of socketserver, on another port
     prefork app:app -b 0.0.0.0:80    for other machines too; with -w 8 eight workers
 
-`prefork app` looks for app, application, create_app and Handler in app.py. `prefork --help` lists all options.
+`prefork app` looks in app.py for app, application, create_app and Handler, in this order.
+`prefork --help` lists all options.
 """
 
 
@@ -92,11 +93,12 @@ def _refuse(name: str, known: Sequence[str]) -> NoReturn:
         raise OptionError(text)
     import difflib  # only an error needs it
 
-    names = [*known, *(name for row in foreign_options.REFUSED for name in row.names)]
-    close = difflib.get_close_matches(name, [one for one in names if one.startswith("--")], 1, 0.7)
-    if close and close[0] not in known:
+    foreign = [name for row in foreign_options.REFUSED for name in row.names]
+    if close := difflib.get_close_matches(name, known, 1, 0.7):
+        raise OptionError(f"there is no option {name}; did you mean {close[0]}?")
+    if close := difflib.get_close_matches(name, foreign, 1, 0.85):
         raise OptionError(f"there is no option {name}; did you mean {close[0]}? {foreign_options.refusal(close[0])}")
-    raise OptionError(f"there is no option {name}; " + (f"did you mean {close[0]}?" if close else "see prefork --help"))
+    raise OptionError(f"there is no option {name}; see prefork --help")
 
 
 def _parser() -> argparse.ArgumentParser:
