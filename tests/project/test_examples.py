@@ -375,7 +375,8 @@ def rows() -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for one in declared():
         flag = f"`--{one.name.replace('_', '-')}`" if one.flag else ""
-        flag = f"`-w`, {flag}" if one.name == "workers" else flag
+        short = {"workers": "-w", "worker_class": "-k"}.get(one.name)
+        flag = f"`{short}`, {flag}" if short else flag
         yield " | ".join((f"| `{one.name}`", default(one), one.unit, flag, one.help)) + " |"
 
 
