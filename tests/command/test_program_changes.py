@@ -44,6 +44,14 @@ def body(address: Address) -> bytes:
         return web.get().body
 
 
+def replaced(program: Program, text: str) -> None:
+    """A reload to another text, until every worker is of it."""
+    workers = program.wait_ready(2)
+    program.write("app.py", text)
+    program.reload()
+    program.wait_ready(2, without=workers)
+
+
 def served(start: Start, text: str, *flags: object) -> Program:
     program: Program = start("prefork", "app", "-w", 2, "-b", 0, *flags, files={"app.py": text}).ready()
     program.wait_ready(2)
@@ -59,11 +67,9 @@ def test_another_kind_is_another_class_of_workers(start: Start) -> None:
         (HANDLER, b"hand", "is a handler class; worker class sync"),
         (WSGI, b"wsgi", "is a WSGI application; worker class wsgi"),
     ):
-        workers, mark = program.children(), program.mark
-        program.write("app.py", text)
-        program.reload()
+        mark = program.mark
+        replaced(program, text)
         program.wait_for(f": app:app {taken}\n", since=mark)
-        program.wait_ready(2, without=workers)
         assert body(program.address) == answer
     program.finish()
 
@@ -71,8 +77,7 @@ def test_another_kind_is_another_class_of_workers(start: Start) -> None:
 def test_the_same_kind_is_not_named_again(start: Start) -> None:
     """A reload says nothing of a program that is what it was."""
     program = served(start, WSGI)
-    program.write("app.py", WSGI.replace("wsgi", "more"))
-    program.reload()
+    replaced(program, WSGI.replace("wsgi", "more"))
     assert body(program.address) == b"more"
     assert len(program.found(re.compile("WSGI application"))) == 1
     program.finish()
@@ -89,19 +94,19 @@ def test_the_same_kind_is_not_named_again(start: Start) -> None:
 def test_what_cannot_be_served(start: Start, before: str, after: str, says: str) -> None:
     """What the command would not have started with fails the reload with the same line; the old workers serve on."""
     program = served(start, before)
-    workers, expected = program.children(), body(program.address)
+    workers, expected = program.wait_ready(2), body(program.address)
     program.write("app.py", after)
     program.send(signal.SIGHUP)
     assert re.search(says, program.wait_for(patterns.RELOAD_FAILED)[0])
-    assert body(program.address) == expected and program.children() == workers
+    assert body(program.address) == expected
+    assert program.wait_ready(2) == workers
     program.finish()
 
 
 def test_a_class_that_was_typed_stays(start: Start) -> None:
     """`-k` overrules in each generation: what it does not serve fails the reload."""
     program = served(start, ANYTHING, "-k", "wsgi")
-    program.write("app.py", WSGI)
-    program.reload()
+    replaced(program, WSGI)
     assert body(program.address) == b"wsgi"
     mark = program.mark
     program.write("app.py", HANDLER)
