@@ -1,15 +1,20 @@
 """Holds the house to its rules by reading its source: order of packages, purity, the one place that forks, names."""
 
 import ast
+import functools
 import graphlib
+import itertools
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+Problems = Iterator[tuple[int, str]]  # the line, and what is wrong in it with the mend
+Rule = Callable[[str, ast.AST], Problems]
 
 # The one order of the packages, the lowest first. A module imports from packages before its own, and from its own, in
 # which no module may import itself by whatever way round.
@@ -95,6 +100,12 @@ def references(tree: ast.AST) -> Iterator[tuple[ast.expr | ast.ImportFrom, str]]
             yield node, ".".join([known[inner.id], *parts])
 
 
+def file_of(folder: str, module: str) -> str:
+    """The tracked file of a module, from the root: prefork/workers is a link to workers."""
+    path = ROOT / folder / module.replace(".", "/")
+    return str((path if path.is_dir() else path.with_suffix(".py")).resolve().relative_to(ROOT))
+
+
 def package_of(module: str) -> str:
     """The package in which a module is: `workers.wsgi.parser` is in `workers.wsgi`, `workers.base` in `workers`."""
     parts = module.split(".")
@@ -102,60 +113,59 @@ def package_of(module: str) -> str:
     return next((name for name in names if name in ORDER), "")
 
 
-def neighbours(tree: ast.AST, package: Container[str]) -> set[str]:
-    """The modules of the house that a module imports."""
-    found = set()
-    for _, module, name in imports(tree):
+def neighbours(tree: ast.AST, package: Container[str]) -> dict[str, int]:
+    """The modules of the house that a module imports, each with the line of its first import."""
+    found: dict[str, int] = {}
+    for line, module, name in imports(tree):
         whole = f"{module}.{name}".removeprefix("prefork.")
         if module.partition(".")[0] == "prefork" and whole in package:
-            found.add(whole)
+            found.setdefault(whole, line)
         elif module.startswith("prefork."):
-            found.add(module.removeprefix("prefork."))
+            found.setdefault(module.removeprefix("prefork."), line)
     return found
 
 
-def wrong_imports(module: str, tree: ast.AST) -> Iterator[str]:
-    """What a module imports that the order of the packages does not allow."""
+def wrong_imports(module: str, tree: ast.AST) -> Problems:
+    """Imports that the order of the packages does not allow."""
     for line, imported, name in imports(tree):
         if imported == "prefork" and (name not in PACKAGE or name == ""):
-            yield f"{module}:{line}: imports {name or 'it'} from the face; import from prefork.{name or 'x'} itself"
+            yield line, f"imports {name or 'prefork'} from the package's face; import the module that defines it"
         elif imported.startswith(".") or imported.partition(".")[0] == "workers":
-            yield f"{module}:{line}: imports {imported}; in the house every import is absolute, from prefork"
+            yield line, f"imports {imported}; write the whole name, from `prefork.` on"
     own = package_of(module)
-    for other in sorted(neighbours(tree, PACKAGE)):
+    for other, line in neighbours(tree, PACKAGE).items():
         theirs = package_of(other)
         if not theirs:
-            yield f"{module}: imports prefork.{other}, which is in no package of the order"
+            yield line, f"imports prefork.{other}, which is in no package; add its package to ORDER in {__name__}"
         elif ORDER.index(theirs) > ORDER.index(own):
-            yield f"{module}: imports prefork.{other}, but {own} comes before {theirs}"
-        elif any(own.startswith(one) and theirs.startswith(another) for one, another in STRANGERS):
-            yield f"{module}: imports prefork.{other}, but {own} and {theirs} do not see each other"
+            mend = f"move what {own} needs into {own} or a package before it, or pass it as an argument"
+            yield line, f"imports prefork.{other}, but {own} comes before {theirs} in the order of packages; {mend}"
+        elif any(own.startswith(left) and theirs.startswith(right) for left, right in STRANGERS):
+            mend = "move what both need into a package before them"
+            yield line, f"imports prefork.{other}, but {own} and {theirs} must not import each other; {mend}"
 
 
-def impurities(module: str, tree: ast.AST) -> Iterator[str]:
+def impurities(module: str, tree: ast.AST) -> Problems:
     """What a pure module does that needs the world: the system, a clock of its own, dice of its own."""
     for line, imported, name in imports(tree):
-        if imported.partition(".")[0] in IMPURE_MODULES and (imported, name) != (
-            "signal",
-            "Signals",
-        ):  # a table of names
-            yield f"{module}:{line}: imports {imported}"
+        if imported.partition(".")[0] in IMPURE_MODULES and (imported, name) != ("signal", "Signals"):  # names only
+            yield line, f"imports {imported}; what decides gets times and facts as arguments"
     for node, name in references(tree):
         if name.startswith("random.") and name != "random.Random":
-            yield f"{module}:{node.lineno}: {name}; the dice are an injected random.Random"
+            yield node.lineno, f"{name}; take a random.Random as an argument"
     dice = {id(node) for node, name in references(tree) if name == "random.Random"}
     for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
         if id(call.func) in dice:
-            yield f"{module}:{call.lineno}: makes its own random.Random; it is injected"
+            yield call.lineno, "makes its own random.Random; take it as an argument"
         elif isinstance(call.func, ast.Name) and call.func.id in IMPURE_BUILTINS:
-            yield f"{module}:{call.lineno}: {call.func.id}()"
+            yield call.lineno, f"calls {call.func.id}(); what decides has no input and output"
 
 
-def kernel_calls(module: str, tree: ast.AST) -> Iterator[str]:
+def kernel_calls(module: str, tree: ast.AST) -> Problems:
     """Where a module forks, waits or kills."""
     for node, name in references(tree):
         if KERNEL.fullmatch(name):
-            yield f"{module}:{node.lineno}: {name}; only prefork.kernel.processes does that"
+            yield node.lineno, f"{name}; only prefork.{FORKS} does that: add a function there"
 
 
 def definitions(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -176,41 +186,44 @@ def definitions(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-def avoided_names(module: str, tree: ast.AST) -> Iterator[str]:
+def avoided_names(module: str, tree: ast.AST) -> Problems:
     """The identifiers with a word in them that the project does not use."""
     for line, identifier in [(1, module), *definitions(tree)]:
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)]
         for word in words:
             if AVOIDED & {word, word.removesuffix("s")}:
-                yield f"{module}:{line}: {identifier}"
+                yield line, f"{identifier}: the project does not use the word {word}"
 
 
-def silent_tests(module: str, tree: ast.AST) -> Iterator[str]:
+def silent_tests(module: str, tree: ast.AST) -> Problems:
     """The tests that do not say what must be true."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for node in functions:
         if node.name.startswith("test") and not (ast.get_docstring(node) or "").strip():
-            yield f"{module}:{node.lineno}: {node.name} has no docstring"
+            yield node.lineno, f"{node.name} has no docstring; say in a sentence what must be true"
 
 
-def sleeps(module: str, tree: ast.AST) -> Iterator[str]:
+def sleeps(module: str, tree: ast.AST) -> Problems:
     """Where a test, or a program it runs, sleeps instead of waiting for a state with a deadline."""
     for node, name in references(tree):
         if name == "time.sleep":
-            yield f"{module}:{node.lineno}: {name}"
+            yield node.lineno, f"{name}; wait for a state, with a deadline: support.waiting.until()"
 
 
-def long_modules(module: str, tree: ast.AST, most: int = 500) -> Iterator[str]:
+def long_modules(module: str, tree: ast.AST, most: int = 500) -> Problems:
     """The module, if it has more lines than `most`."""
     lines = max(getattr(node, "end_lineno", 0) for node in ast.walk(tree))
     if lines > most:
-        yield f"{module}: {lines} lines; a module of this folder has at most {most}: divide it by subject"
+        yield lines, f"{lines} lines; a module of this folder has at most {most}: divide it by subject"
 
 
-def none_of(problems: Iterable[str]) -> None:
-    """Fail with every problem on a line of its own."""
-    found = sorted(problems)
-    assert not found, "\n" + "\n".join(found)
+def none_of(folder: str, rule: Rule, modules: Mapping[str, ast.AST]) -> None:
+    """Fail with every problem that a rule finds, each on a line with its file and line."""
+    problems = [
+        (file_of(folder, module), *problem) for module, tree in modules.items() for problem in rule(module, tree)
+    ]
+    if problems:
+        pytest.fail("\n".join(f"{file}:{line}: {text}" for file, line, text in sorted(problems)), pytrace=False)
 
 
 PACKAGE = sources("prefork")
@@ -224,42 +237,47 @@ def test_every_module_has_a_room() -> None:
 
 def test_imports_go_down() -> None:
     """A module imports only from packages before its own, absolutely, and never from the package's face."""
-    none_of(problem for module, tree in PACKAGE.items() for problem in wrong_imports(module, tree))
+    none_of("prefork", wrong_imports, PACKAGE)
 
 
 def test_no_circle() -> None:
     """No module imports itself, by whatever way round."""
-    graphlib.TopologicalSorter({module: neighbours(tree, PACKAGE) for module, tree in PACKAGE.items()}).prepare()
+    lines = {module: neighbours(tree, PACKAGE) for module, tree in PACKAGE.items()}
+    try:
+        graphlib.TopologicalSorter(lines).prepare()
+    except graphlib.CycleError as error:
+        steps = itertools.pairwise(reversed(error.args[1]))
+        told = [f"{file_of('prefork', who)}:{lines[who][whom]}: imports prefork.{whom}" for who, whom in steps]
+        pytest.fail("\n".join([*told, "Move what they share into a module that both import."]), pytrace=False)
 
 
 def test_deciding_is_pure() -> None:
     """What decides has no system, no input or output, no clock and no dice of its own."""
-    deciding = [module for module in PACKAGE if package_of(module) == "rules"]
-    none_of(problem for module in deciding for problem in impurities(module, PACKAGE[module]))
+    deciding = {module: tree for module, tree in PACKAGE.items() if package_of(module) == "rules"}
+    none_of("prefork", impurities, deciding)
     assert "rules.pool" in deciding
 
 
 def test_one_module_forks_waits_and_kills() -> None:
     """Fork, wait and kill are in one module, so that there is one place to get them right, and it does have them."""
-    others = PACKAGE.keys() - {FORKS}
-    none_of(problem for module in others for problem in kernel_calls(module, PACKAGE[module]))
+    none_of("prefork", kernel_calls, {module: tree for module, tree in PACKAGE.items() if module != FORKS})
     assert list(kernel_calls(FORKS, PACKAGE[FORKS]))
 
 
 @pytest.mark.parametrize("folder", ["prefork", "tests", "examples", "benchmarks"])
 def test_names_are_the_fields_own(folder: str) -> None:
     """No identifier has a word in it that the project does not use."""
-    none_of(problem for module, tree in sources(folder).items() for problem in avoided_names(module, tree))
+    none_of(folder, avoided_names, sources(folder))
 
 
 def test_tests_speak() -> None:
     """Every test says in a docstring what must be true."""
-    none_of(problem for module, tree in TESTS.items() for problem in silent_tests(module, tree))
+    none_of("tests", silent_tests, TESTS)
 
 
 def test_tests_do_not_sleep() -> None:
     """No test sleeps. A program under test may: a slow handler is what some tests are about."""
-    none_of(p for module, tree in TESTS.items() if not module.startswith("programs") for p in sleeps(module, tree))
+    none_of("tests", sleeps, {module: tree for module, tree in TESTS.items() if not module.startswith("programs")})
 
 
 def test_support_is_not_of_prefork() -> None:
@@ -271,13 +289,13 @@ def test_support_is_not_of_prefork() -> None:
 
 def test_no_test_file_is_long() -> None:
     """No file of the tests is too long to find a test in it: its name says what it is about."""
-    none_of(problem for module, tree in TESTS.items() for problem in long_modules(module, tree))
+    none_of("tests", long_modules, TESTS)
 
 
 def test_no_module_is_long() -> None:
     """No module has over 400 lines, but the pool: its rules are one table of cases."""
     modules = {module: tree for module, tree in PACKAGE.items() if module != "rules.pool"}
-    none_of(problem for module, tree in modules.items() for problem in long_modules(module, tree, 400))
+    none_of("prefork", functools.partial(long_modules, most=400), modules)
 
 
 @pytest.mark.parametrize(
@@ -322,11 +340,18 @@ def test_no_module_is_long() -> None:
         (sleeps, "test_x", "from time import sleep as rest", 1),
     ],
 )
-def test_rules_have_teeth(
-    rule: Callable[[str, ast.AST], Iterator[str]], module: str, source: str, problems: int
-) -> None:
+def test_rules_have_teeth(rule: Rule, module: str, source: str, problems: int) -> None:
     """Each rule finds what it forbids, and lets pass what it does not."""
     assert len(list(rule(module, ast.parse(source)))) == problems
+
+
+def test_a_problem_is_told_with_its_place() -> None:
+    """The message begins with file and line, and ends with the mend."""
+    source = "import os\n\nfrom prefork.master.loop import Master"
+    with pytest.raises(pytest.fail.Exception) as failed:
+        none_of("prefork", wrong_imports, {"workers.base": ast.parse(source)})
+    assert str(failed.value).startswith("workers/base.py:3: imports prefork.master.loop, but workers comes before")
+    assert str(failed.value).endswith("or pass it as an argument")
 
 
 def test_circles_are_found() -> None:
