@@ -4,11 +4,14 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BUILD := .build/$(VERSION)
 BIN := $(BUILD)/venv/bin
 # The folders too: a module that is removed leaves nothing newer behind.
-SOURCES := pyproject.toml README.md LICENSE prefork workers $(wildcard prefork/*.py prefork/*/*.py workers/*.py workers/*/*.py)
+SOURCES := pyproject.toml README.md LICENSE prefork workers \
+    $(wildcard prefork/*.py prefork/*/*.py workers/*.py workers/*/*.py)
 PIP := -m pip install --quiet --disable-pip-version-check
 # What is under test is the installed wheel: nothing may bring the checkout onto the path.
 unexport PYTHONPATH
 unexport PYTHONHOME
+TOO_OLD := prefork needs Python 3.11 or later; see PYTHON in the Makefile
+NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(TOO_OLD)")'
 
 .PHONY: help serve test test-all test-next lint t pytest repeat stress soak sweep bench bench-workers bench-web clean
 .DELETE_ON_ERROR:
@@ -24,7 +27,7 @@ help:
 	@echo 'make repeat    T=tests/test_x.py N=50: one file N times, until it fails'
 	@echo 'make stress    the same while every core is kept busy'
 	@echo 'make soak      the long tests'
-	@echo 'make sweep     every system call of the master fails, in every way; ARGS="--call wait4 --phase serve", or --help'
+	@echo 'make sweep     every system call of the master fails, in every way; ARGS="--call wait4 --phase serve", --help'
 	@echo 'make bench     the measurements, as one table; ARGS="--quick"'
 	@echo 'make bench-workers  one program on each class of workers, as one table'
 	@echo 'make bench-web  HTTP servers for Python beside the classes wsgi and asgi, as one table'
@@ -33,21 +36,22 @@ help:
 # -- running it
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("prefork needs Python 3.11 or later; see PYTHON in the Makefile")'
+	@$(NEW_ENOUGH)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) --editable .
 	@touch $@
 
 serve: .venv/installed
 	@printf '%s\n' 'Starting examples/primes.py, a pool on all cores. Talk to it from another terminal:' \
-	    "    $(PYTHON) -c 'import socket; c = socket.create_connection((\"127.0.0.1\", 9999)); c.sendall(b\"100000\\n\"); print(c.makefile().readline())'" \
+	    "    $(PYTHON) -c 'import socket; c = socket.create_connection((\"127.0.0.1\", 9999)); "\
+	"c.sendall(b\"100000\\n\"); print(c.makefile().readline())'" \
 	    'Ctrl-C stops it. TERM drains and stops, HUP reloads, TTIN and TTOU resize (its log says the pid).'
 	@exec .venv/bin/python examples/primes.py $(ARGS)
 
 # -- testing it
 
 $(BUILD)/tools: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("prefork needs Python 3.11 or later; see PYTHON in the Makefile")'
+	@$(NEW_ENOUGH)
 	rm -rf $(BUILD)/venv
 	$(PYTHON) -m venv $(BUILD)/venv
 	$(BIN)/python $(PIP) '.[test]'
@@ -56,12 +60,13 @@ $(BUILD)/tools: pyproject.toml
 # `build` makes the sdist, and the wheel from the unpacked sdist.
 $(BUILD)/wheel: $(BUILD)/tools $(SOURCES)
 	rm -rf $(BUILD)/dist
-	$(BIN)/python -m build --no-isolation --outdir $(BUILD)/dist > $(BUILD)/build.log 2>&1 || { cat $(BUILD)/build.log; exit 1; }
+	$(BIN)/python -m build --no-isolation --outdir $(BUILD)/dist > $(BUILD)/build.log 2>&1 || \
+	    { cat $(BUILD)/build.log; exit 1; }
 	$(BIN)/python $(PIP) --no-deps --force-reinstall $(BUILD)/dist/*.whl
 	@touch $@
 
-# Tests mostly wait for processes and deadlines: two at a time take little more than half of the time of one after another,
-# which is JOBS=0.
+# Tests mostly wait for processes and deadlines: two at a time take little more than half of the time of one after
+# another, which is JOBS=0.
 JOBS ?= 2
 test: lint $(BUILD)/wheel
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
@@ -75,7 +80,8 @@ lint: $(BUILD)/tools
 t: $(BUILD)/tools
 	env PYTHONPATH='$(CURDIR)' PREFORK_TEST_CHECKOUT=1 $(BIN)/pytest -p no:cacheprovider $(T) $(if $(K),-k '$(K)') $(ARGS)
 
-# The `pytest` command, never `python -m pytest`, which would put this folder on sys.path (tests/project/test_package.py asserts it).
+# The `pytest` command, never `python -m pytest`, which would put this folder on sys.path: tests/project/test_package.py
+# asserts it.
 pytest: $(BUILD)/wheel
 	$(BIN)/pytest $(ARGS)
 
@@ -102,7 +108,8 @@ test-all:
 	@tested=; failed=; \
 	for version in 3.11 3.12 3.13 3.14 3.15; do \
 	    for python in python$$version "$${PYENV_ROOT:-$$(pyenv root 2>/dev/null)}"/versions/$$version.*/bin/python; do \
-	        [ "$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $$version ] || continue; \
+	        is=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	        [ "$$is" = $$version ] || continue; \
 	        echo "== Python $$version: $$python"; \
 	        tested="$$tested $$version"; \
 	        $(MAKE) --no-print-directory test PYTHON="$$python" || failed="$$failed $$version"; \
@@ -124,15 +131,15 @@ bench: $(BUILD)/wheel
 bench-workers: $(BUILD)/wheel
 	$(BIN)/python benchmarks/workers.py $(ARGS)
 
-# Other people's servers, in an environment of their own: uWSGI is compiled, and none of them is needed for anything else.
+# Other people's servers, in an environment of their own: uWSGI is compiled, and nothing else needs any of them.
 bench-web: $(BUILD)/wheel
 	test -x $(BUILD)/rivals/bin/python || $(PYTHON) -m venv $(BUILD)/rivals
 	$(BUILD)/rivals/bin/python $(PIP) --force-reinstall --no-deps $(BUILD)/dist/*.whl
 	$(BUILD)/rivals/bin/python $(PIP) 'prefork[wsgi,asgi,uvloop]' granian gunicorn uwsgi uvicorn-worker
 	$(BUILD)/rivals/bin/python benchmarks/web.py $(ARGS)
 
-# The chroot of `make test-next` first. Its mounts are in a namespace of their own, but others may have been made by hand,
-# and --one-file-system follows a bind mount from the same disk: so the list of mounts is read.
+# The chroot of `make test-next` first. Its mounts are in a namespace of their own, but others may have been made by
+# hand, and --one-file-system follows a bind mount from the same disk: so the list of mounts is read.
 clean:
 	@! grep -sF ' $(CURDIR)/.build/' /proc/self/mountinfo || \
 	    { echo 'clean: the above is mounted in .build; unmount it first' >&2; exit 1; }

@@ -6,6 +6,7 @@ visited in turn (`in_turn`), everything that touches a process is in `measure`.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -102,7 +103,7 @@ def udp(bench: Bench) -> Iterator[Row]:
 
 
 @dataclass
-class Share:
+class Sharing:
     """How workers shared a load."""
 
     load: Load
@@ -110,7 +111,7 @@ class Share:
     switches: float
 
 
-def share(bench: Bench, server: Server, program: str) -> Share:
+def share(bench: Bench, server: Server, program: str) -> Sharing:
     """Closed-loop clients for a second; workers that nobody woke count as zeros."""
     pids = server.children()
     before = switches(server.family())
@@ -119,7 +120,7 @@ def share(bench: Bench, server: Server, program: str) -> Share:
     if not set(seen.pids) <= set(pids):
         raise Wrong(f"{server.name}: replies from processes that are no workers: {set(seen.pids) - set(pids)}")
     counts = [seen.pids.get(pid, 0) for pid in pids]
-    return Share(seen, jain(counts), (switches(server.family()) - before) / seen.good)
+    return Sharing(seen, jain(counts), (switches(server.family()) - before) / seen.good)
 
 
 def fairness(bench: Bench) -> Iterator[Row]:
@@ -129,9 +130,9 @@ def fairness(bench: Bench) -> Iterator[Row]:
         yield Row("Jain's index", [], note=NO_COMPILER)
         return
     for workers in (2, 8, 64):
-        found: dict[str, list[Share]] = {}
+        found: dict[str, list[Sharing]] = {}
 
-        def measure(server: Server, found: dict[str, list[Share]] = found) -> float:
+        def measure(server: Server, found: dict[str, list[Sharing]] = found) -> float:
             found.setdefault(server.name, []).append(share(bench, server, program))
             return found[server.name][-1].load.rate
 
@@ -139,7 +140,7 @@ def fairness(bench: Bench) -> Iterator[Row]:
             lambda workers=workers: bench.tools.yard(C_LOOP, "tcp", "tag", workers=workers)  # type: ignore[misc]
         ]
         if bench.has_prefork:
-            servers += [lambda workers=workers: python_server("prefork", "prefork", "tag", workers)]  # type: ignore[misc]
+            servers.append(functools.partial(python_server, "prefork", "prefork", "tag", workers))
         rates = in_turn(bench, servers, 2, measure)
         for name, shares in found.items():
             goal = Goal(">=", 0.99) if name == "prefork" else None

@@ -163,7 +163,8 @@ static void print_result(double seconds)
     long kept = good < TIMES ? good : TIMES;
 
     qsort(times, kept, sizeof *times, by_size);
-    printf("{\"good\": %ld, \"good_in_time\": %ld, \"bad\": %ld, \"seconds\": %g, \"p50\": %g, \"p99\": %g, \"pids\": {",
+    printf("{\"good\": %ld, \"good_in_time\": %ld, \"bad\": %ld, "
+           "\"seconds\": %g, \"p50\": %g, \"p99\": %g, \"pids\": {",
            good, good_in_time, bad, seconds, kept ? times[kept / 2] : 0, kept ? times[kept * 99 / 100] : 0);
     for (int i = 0; i < PIDS; i++)
         if (served[i].count) {

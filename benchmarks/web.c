@@ -2,9 +2,9 @@
  *
  *   web close|keep PORT CLIENTS SECONDS BODY
  *
- * close: a connection a request, which must end after the answer.  keep: each client keeps its connection.  A server may
- * end it, with `Connection: close` in an answer or between two of them: that is no fault, and it is opened anew, which
- * shows in the number of those opened.
+ * close: a connection per request, which must end after the answer.
+ * keep: each client keeps its connection. A server may end it, with `Connection: close` in an answer or between two of
+ * them. That is no fault: the client opens another, which shows in the number of those opened.
  * An answer is right if its status is 200, its length (Content-Length, or one chunk and the last one) is that of BODY,
  * and its body is BODY.
  * Prints one JSON object: right answers, those inside the time, faults, connections opened, and the median and the 99th
@@ -186,8 +186,9 @@ int main(int argc, char **argv)
     end = looked = started + atof(argv[4]);
     body = argv[5];
     body_size = strlen(body);
-    request_size = snprintf(request, sizeof request, "GET / HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nUser-Agent: web\r\n%s\r\n",
-                            argv[2], keep ? "" : "Connection: close\r\n");
+    request_size = snprintf(request, sizeof request,
+                            "GET / HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nUser-Agent: web\r\n%s\r\n", argv[2],
+                            keep ? "" : "Connection: close\r\n");
     events = epoll_create1(EPOLL_CLOEXEC);
     struct client *clients = calloc(count, sizeof *clients);
     for (int i = 0; i < count; i++) {

@@ -114,10 +114,10 @@ GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "--workers", WORKERS, "--log
 UVICORN = ("uvicorn", "--port", "PORT", "--workers", WORKERS, "--no-access-log", "--log-level", "warning",
            "--no-proxy-headers")  # fmt: skip
 
-OURS, UWSGI_NAME, GRANIAN_NAME = "prefork wsgi", "uWSGI", "granian wsgi"
+PREFORK_NAME, UWSGI_NAME, GRANIAN_NAME = "prefork wsgi", "uWSGI", "granian wsgi"
 OUR_ASGI, UVICORN_NAME = "prefork asgi", "uvicorn"
 RIVALS = (
-    Rival(OURS, "httptools", (*PREFORK, "--worker-class", "wsgi", "web_app:wsgi")),
+    Rival(PREFORK_NAME, "httptools", (*PREFORK, "--worker-class", "wsgi", "web_app:wsgi")),
     Rival(
         "prefork wsgi, 4 threads", "httptools", (*PREFORK, "--worker-class", "wsgi", "--threads", "4", "web_app:wsgi")
     ),
@@ -139,10 +139,10 @@ RIVALS = (
     Rival("granian asgi", "granian", (*GRANIAN, "--interface", "asgi", "web_app:asgi")),
 )  # fmt: skip
 GOALS = (
-    (CLOSE, OURS, UWSGI_NAME, 1.3),
-    (CLOSE, OURS, GRANIAN_NAME, 0.6),
+    (CLOSE, PREFORK_NAME, UWSGI_NAME, 1.3),
+    (CLOSE, PREFORK_NAME, GRANIAN_NAME, 0.6),
     (CLOSE, OUR_ASGI, UVICORN_NAME, 1.1),
-    (KEEP, OURS, GRANIAN_NAME, 0.4),
+    (KEEP, PREFORK_NAME, GRANIAN_NAME, 0.4),
     (KEEP, OUR_ASGI, UVICORN_NAME, 1.1),
 )
 

@@ -4,7 +4,7 @@ is the oldest, which deadline is the earliest.
 At any moment one of two owns the cells BUSY_SINCE, DEADLINE, REQUESTS and BUSY_TIME:
 
 - The hottest loops, of `sync` and of `wsgi` with one thread, have one request at a time. They store what they know of
-  it themselves, through views that `enter_fast_path()` lends them.
+  it themselves, through views that `enter_fast_path()` gives them.
 - As soon as anything else is in hand, within that request or in another thread, `ActiveRequests` owns the cells, for
   good. It releases the views, so that the next store of the loop raises ValueError: the loop pays nothing for asking.
   What the loop had in hand is then a request like others, `fast_path_request`. The same happens in a process that the

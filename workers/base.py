@@ -279,7 +279,7 @@ class Worker:
 
     def _on_interrupt(self, signum: int, frame: types.FrameType | None) -> None:
         while frame is not None:
-            if frame.f_code in _UNDIVIDED:
+            if frame.f_code in _UNINTERRUPTIBLE:
                 self._requests.missed = True
                 return
             frame = frame.f_back
@@ -358,7 +358,7 @@ class Worker:
 
 # In these an interrupt raises nothing: half a `begin()`, or an `end()` that stops at its first instruction, would keep
 # its request in hand for ever, and half an order to leave is none.
-_UNDIVIDED = {
+_UNINTERRUPTIBLE = {
     function.__code__
     for function in (
         ActiveRequest.__enter__,

@@ -94,9 +94,9 @@ def by_address(addresses: list[object], sockets: list[socket.socket]) -> Take:
             remaining.pop(0)
             return sock
         if server.address_family != socket.AF_UNIX:  # binding there would leave a file
-            with socket.socket(server.address_family, server.socket_type) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind(server.server_address)
+            with socket.socket(server.address_family, server.socket_type) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(server.server_address)
         where = listener.describe_address(server.address_family, server.socket_type, server.server_address)
         raise OptionError(f"the program now wants {where}; other addresses take a new start")
 

@@ -12,7 +12,7 @@ status.
 import contextlib
 import gc
 import os
-import resource  # noqa: F401  # os.wait4 imports it by itself, at a first exit: that is lost if no descriptor is left then
+import resource  # noqa: F401  # or os.wait4 imports it at a first exit, which is lost if no descriptor is left then
 import signal
 import sys
 import threading

@@ -33,7 +33,8 @@ def fill() -> None:
             continue
         # Python opens nothing that an exec inherits: such a number belongs to a file or a listener of the program.
         target = fd if os.get_inheritable(fd) else open_null()
-        new = open(target, "w" if fd else "r", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        mode = "w" if fd else "r"
+        new = open(target, mode, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
 

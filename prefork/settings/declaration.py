@@ -69,11 +69,11 @@ class Setting:
 
     def _wrong(self, value: object) -> OptionError:
         try:
-            shown = " ".join(repr(value).split())  # one line
+            text = " ".join(repr(value).split())  # one line
         except Exception:  # a stranger's repr, or a whole number of too many digits
-            shown = f"a value of type {type(value).__name__}"
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return OptionError(f"{self.name}: must be {self._wanted()}, not {shown}")
+            text = f"a value of type {type(value).__name__}"
+        text = text if len(text) <= 80 else text[:77] + "..."
+        return OptionError(f"{self.name}: must be {self._wanted()}, not {text}")
 
     def _wanted(self) -> str:
         wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[self.kind]

@@ -88,7 +88,7 @@ def test_reload_of_a_hanging_program(start: Start) -> None:
     assert program.wait_ready(2) == workers
     assert versions(program) == {"one"}
     program.send(signal.SIGHUP)
-    until(lambda: len(program.children()) == 3, 5, "the trial runs")
+    until(lambda: len(program.children()) == 3, 5, "the probe runs")
     assert program.stop().seconds < 1
     program.finish()
 

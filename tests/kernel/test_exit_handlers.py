@@ -391,7 +391,7 @@ def test_a_trial_that_does_not_end_is_killed(start: Start) -> None:
 
 
 def test_a_trial_that_is_given_up_removes_its_folder(start: Start, notes: Notes) -> None:
-    """A trial that takes longer than boot_timeout ends in order, too, and the old generation serves on."""
+    """A probe that takes longer than boot_timeout ends in order, too, and the old generation serves on."""
     program = command(start, "app:Handler", "-w", 1, "--boot-timeout", 0.7, app=APP + WAITING).ready()
     workers = program.wait_ready(1)
     program.write("slow", "")

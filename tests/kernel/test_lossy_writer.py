@@ -22,7 +22,7 @@ from support.pipes import drained, fill, pipe
 
 pytestmark = pytest.mark.timeout(20)
 
-FULL = b": 3 messages were dropped, standard error was full\n"
+DROPPED = b": 3 messages were dropped, standard error was full\n"
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def check_full(to: Writer, reader: int) -> None:
     assert to.write(b"kept\n")
     assert to.dropped == 0
     said = drained(reader)
-    assert said.endswith(FULL + b"kept\n") and b"lost" not in said
+    assert said.endswith(DROPPED + b"kept\n") and b"lost" not in said
     to.close()
     to.close()
 
@@ -156,7 +156,7 @@ def test_stopped_terminal() -> None:
             assert not to.write(b"lost\n")
         termios.tcflow(slave, termios.TCOON)
         assert to.write(b"kept\n")
-        assert drained(master).replace(b"\r", b"").endswith(FULL + b"kept\n")
+        assert drained(master).replace(b"\r", b"").endswith(DROPPED + b"kept\n")
         to.close()
 
 
@@ -307,7 +307,7 @@ def test_children_count_for_themselves() -> None:
         in_child(settle)
         assert drained(reader) == b""
         settle()
-        assert drained(reader).endswith(FULL)
+        assert drained(reader).endswith(DROPPED)
         to.close()
 
 

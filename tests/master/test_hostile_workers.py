@@ -167,7 +167,7 @@ def test_a_socket_of_datagrams_that_was_shut_down_is_opened_again(start: Start, 
     program.finish()
 
 
-FULL = """
+FULL_TABLE = """
 import errno
 
 def fill():
@@ -215,7 +215,7 @@ with Server(("127.0.0.1", 0), served) as server:
 @pytest.mark.parametrize("kind", ["sync", "thread", "asyncio", "wsgi", "asgi"])
 def test_a_worker_whose_table_is_full_leaves(start: Start, kind: str) -> None:
     """A worker that has no descriptor left leaves at once when it is told to, alone or with the whole pool."""
-    program = launch(start, FULL, kind, limits={7: 64}, allow=[patterns.ANYTHING]).ready()  # RLIMIT_NOFILE
+    program = launch(start, FULL_TABLE, kind, limits={7: 64}, allow=[patterns.ANYTHING]).ready()  # RLIMIT_NOFILE
     program.wait_ready(2)
 
     def fill() -> int:

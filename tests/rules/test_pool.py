@@ -239,7 +239,7 @@ def test_recycling_starts_the_replacement_first() -> None:
 
 
 def test_lifetime() -> None:
-    """A worker past `max_lifetime` is worn, at a moment that is drawn for each."""
+    """A worker past `max_lifetime` is replaced, at a moment that is drawn for each."""
     bench = Bench(2, max_lifetime=100.0)
     assert 90.0 <= bench.wait() <= 100.0
     assert bench.look() == [Spawn(2, 1)]

@@ -315,14 +315,14 @@ def test_a_silent_tls_client(start: Start, notes: Notes, certificate: tuple[Path
 def test_an_application_is_refused(kind: str) -> None:
     """A single request has a handler, not an application: one line says what to call instead."""
 
-    class Site(PreforkTCPServer):
+    class ApplicationServer(PreforkTCPServer):
         worker_class = kind
 
     def application(environ: object, start_response: object) -> list[bytes]:
         return []
 
     with (
-        Site(("127.0.0.1", 0), application) as server,
+        ApplicationServer(("127.0.0.1", 0), application) as server,
         pytest.raises(OptionError, match=r"handle_request\(\).*serve_forever\(\)"),
     ):
         server.handle_request()

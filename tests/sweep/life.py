@@ -25,7 +25,7 @@ DICE = random.SystemRandom()
 
 HANDLER = "from work import Work as Handler\n"
 BROKEN = "raise RuntimeError('a deploy that is broken')\n"
-# In its trial all is well.
+# In its probe all is well.
 CRASHING = "import setproctitle\nfrom work import Work as Handler\n'probe' in setproctitle.getproctitle() or 1 / 0\n"
 
 # The last line of a program that Python ends for an exception, and of the command.

@@ -194,7 +194,7 @@ def test_a_share_in_a_process_that_the_program_forks() -> None:
 
 def test_clients_of_every_kind(bench: Bench) -> None:
     """A client's host is shown also after one of the same port, the same host, or no host at all."""
-    shown = []
+    hosts = []
     for peer in (
         client(1),
         client(2),
@@ -207,9 +207,9 @@ def test_clients_of_every_kind(bench: Bench) -> None:
         ("::1", 4, 0, 0),
     ):
         with bench.worker.serving(peer):
-            shown.append(bench.peer)
+            hosts.append(bench.peer)
     unnamed = "a client without a name"
-    assert shown == [
+    assert hosts == [
         "10.0.0.1:1", "10.0.0.1:2", "10.0.0.2:2", f"{unnamed}:5", "10.0.0.1:5", unnamed, "/path", "10.0.0.1:9",
         "[::1]:4",
     ]  # fmt: skip

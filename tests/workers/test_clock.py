@@ -63,7 +63,7 @@ def test_a_clock_that_is_set(start: Start, kind: str) -> None:
             dates = [client.get(path).headers["date"] for path in ("/", "/iterated")]
             times = [parsedate_to_datetime(date).timestamp() for date in dates]
             times += [written(program)] if kind == "wsgi" else []
-            return all(abs(shown - time() - shift) < 2.5 for shown in times)
+            return all(abs(date - time() - shift) < 2.5 for date in times)
 
         for shift in (0, -3600, 0):
             program.write("shift", str(shift))

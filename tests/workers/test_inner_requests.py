@@ -38,7 +38,7 @@ def nest(worker, depth):
             nest(worker, depth - 1)
         worker.extend_deadline(5)
 
-def shown(worker):
+def published(worker):
     floats, ints = worker._board.floats, worker._board.ints
     deadline = floats[scoreboard.DEADLINE]
     due = round(deadline - time.monotonic()) if deadline else 0
@@ -101,12 +101,12 @@ def play(worker, orders):
                         os._exit(0)
                     return "child"
                 os.waitpid(pid, 0)
-                note(f"parent {shown(worker)}")
+                note(f"parent {published(worker)}")
             case "extend":
                 worker.extend_deadline(float(argument))
             case "linger":
                 linger(float(argument))
-    return shown(worker)
+    return published(worker)
 
 class Ordered(Handler):
     def answer(self, orders):
@@ -164,7 +164,7 @@ class Told(NamedTuple):
     busy: int
     due: int
     over: int
-    shown: int
+    published: int
     mine: int
 
 
@@ -200,8 +200,8 @@ def tell(program: Program, kind: str, orders: str, over: int = 0) -> Any:
         said = answer(sock).split()
         if len(said) != 5 or not said[0].isdigit():
             return None
-        pid, busy, due, over, shown = map(int, said)
-        return Told(pid, busy, due, over, shown, sock.getsockname()[1])
+        pid, busy, due, over, peer_port = map(int, said)
+        return Told(pid, busy, due, over, peer_port, sock.getsockname()[1])
 
 
 @each
@@ -243,7 +243,7 @@ def test_extending_what_is_around(start: Start, kind: str) -> None:
             continue  # an application has no chain
         over += number
         told = tell(program, kind, f"{within}/over={over}/extend=100")
-        assert (told.busy, told.due, told.shown) == (1, 100, told.mine), within
+        assert (told.busy, told.due, told.published) == (1, 100, told.mine), within
         over += 1
     program.write("go", "")
     program.finish()

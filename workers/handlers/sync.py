@@ -39,7 +39,7 @@ class SyncWorker(Worker):
         """The hot path: the loop itself accounts for its one request. By an `ActiveRequest` a connection with a short
         request costs 7 to 14 % more CPU. Everything that the loop needs is a local name; each line here was measured.
 
-        It ends when there is nothing more to take (False), or when a store finds that the cells are not lent to it any
+        It ends when there is nothing more to take (False), or when a store finds that the cells are not its own any
         more (True).
         """
         shutdown = server.shutdown_request
@@ -95,7 +95,8 @@ class SyncWorker(Worker):
                 if count >= limit:
                     self._recycling.check(count, end)
         except ValueError as error:
-            if requests.fast_path_cells is not None or error.__traceback__.tb_next is not None:  # type: ignore[union-attr]
+            trace = error.__traceback__
+            if requests.fast_path_cells is not None or (trace is not None and trace.tb_next is not None):
                 raise  # of what is called here, no store
         if requests.fast_path_request.thread:
             requests.fast_path_request.end()

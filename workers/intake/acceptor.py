@@ -70,7 +70,7 @@ class Acceptor:
 
     def __init__(self, worker: Taker, servers: Sequence[socketserver.BaseServer], board: scoreboard.Slot) -> None:
         self._worker, self._board = worker, board
-        # As they were inherited; a taker of datagrams puts another socket into its server.
+        # As they were inherited; an accept function of datagrams puts another socket into its server.
         self.fds: list[int] = [_listener(server).fileno() for server in servers]
         self.takes: list[Take] = [make_accept(server, board) for server in servers]
         self._takers = dict(zip(self.fds, zip(servers, self.takes, strict=True), strict=True))

@@ -1,5 +1,6 @@
 """An epoll that has no room (ENOSPC of epoll_ctl, fs.epoll.max_user_watches) costs a connection, and never a worker."""
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_no_room_for_one(start: Start, kind: str) -> None:
             with failing(worker, "epoll_ctl", "ENOSPC", str(number)):
                 is_served(program.address, kind)
             for address in program.addresses:
-                until(lambda address=address: is_served(address, kind), 5, "a new client is served")  # type: ignore[misc]
+                until(functools.partial(is_served, address, kind), 5, "a new client is served")
             if kind in HTTP:
                 for other in others:
                     other()

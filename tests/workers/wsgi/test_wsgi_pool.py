@@ -313,7 +313,7 @@ def test_program_of_ones_own(start: Start, where: str) -> None:
         """
         from webapp import app
 
-        class Site(prefork.PreforkTCPServer):
+        class ApplicationServer(prefork.PreforkTCPServer):
             worker_class = "wsgi"
             workers = 2
             keepalive_timeout = 1
@@ -322,8 +322,8 @@ def test_program_of_ones_own(start: Start, where: str) -> None:
             return not (HOME / "shut").exists()
 
         if WHERE == "in the class":
-            Site.verify_request = verify_request
-        with Site(("127.0.0.1", 0), app) as server:
+            ApplicationServer.verify_request = verify_request
+        with ApplicationServer(("127.0.0.1", 0), app) as server:
             if WHERE == "on the server":
                 server.verify_request = verify_request
             server.serve_forever()

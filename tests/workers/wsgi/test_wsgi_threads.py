@@ -210,12 +210,12 @@ class Melting:
 
     served = 0
 
-    def __init__(self, among: dict[int, Any]) -> None:
-        self.among = among
+    def __init__(self, members: dict[int, Any]) -> None:
+        self.members = members
 
     def melt(self) -> None:
-        if len(self.among) > 1:
-            self.among.popitem()
+        if len(self.members) > 1:
+            self.members.popitem()
 
     @property
     def in_service(self) -> bool:
@@ -286,7 +286,7 @@ def test_verify_request_raises(start: Start) -> None:
         """
         from webapp import app
 
-        class Site(prefork.PreforkTCPServer):
+        class ApplicationServer(prefork.PreforkTCPServer):
             worker_class = "wsgi"
             workers = 1
 
@@ -295,7 +295,7 @@ def test_verify_request_raises(start: Start) -> None:
                     raise ValueError("ordered trouble")
                 return True
 
-        with Site(("127.0.0.1", 0), app) as server:
+        with ApplicationServer(("127.0.0.1", 0), app) as server:
             server.serve_forever()
         """,
         allow=[patterns.HANDLER_ERROR],
@@ -319,7 +319,7 @@ def test_an_address_of_ones_own(start: Start) -> None:
         """
         from webapp import app
 
-        class Site(prefork.PreforkTCPServer):
+        class ApplicationServer(prefork.PreforkTCPServer):
             worker_class = "wsgi"
             workers = 1
             number = 0
@@ -328,7 +328,7 @@ def test_an_address_of_ones_own(start: Start) -> None:
                 self.number += 1
                 return super().get_request()[0], [("somebody",), (), "name", None, ("somebody", 7)][self.number % 5]
 
-        with Site(("127.0.0.1", 0), app) as server:
+        with ApplicationServer(("127.0.0.1", 0), app) as server:
             server.serve_forever()
         """,
     ).ready()
