@@ -4,6 +4,7 @@ import functools
 import http.client
 import http.server
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -341,6 +342,22 @@ def test_threads_in_each_worker(start: Start) -> None:
                 assert client.ask("done") == "done"
         assert program.stop().seconds < 5.0
         assert all(client.ended() for client in clients)
+    program.finish()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="HTTPSServer is Python 3.14's")
+def test_the_standard_server_of_https(start: Start, certificate: tuple[Path, Path]) -> None:
+    """HTTPSServer, whose listener is an SSLSocket, is served by the pool, and keeps its connections."""
+    path, key = certificate
+    body = SERVER.replace("(PreforkHTTPServer)", "(prefork.PreforkMixIn, http.server.HTTPSServer)")
+    body = body.replace("Kept) as", f"Kept, certfile={str(path)!r}, keyfile={str(key)!r}) as")
+    program = launch(start, body.replace("CLASS", "pass").replace("SETTINGS", "")).ready()
+    context = ssl.create_default_context(cafile=str(path))
+    with ExitStack() as stack:
+        client = Client(program, stack, context)
+        assert client.ask("done") == client.ask("done") == "done"
+        assert program.stop().seconds < 5.0
+        assert client.ended()
     program.finish()
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import http.server
+import ssl
 from contextlib import ExitStack
 from typing import Any
 
@@ -85,8 +86,10 @@ def serve(start: Start, handler: str = "pass", allow: tuple[str, ...] = (), **se
 class Client:
     """One connection, of which every byte is told to the reply it belongs to."""
 
-    def __init__(self, program: Program, stack: ExitStack) -> None:
+    def __init__(self, program: Program, stack: ExitStack, tls: ssl.SSLContext | None = None) -> None:
         self.sock = stack.enter_context(dial(program.address, 10.0))
+        if tls:
+            self.sock = stack.enter_context(tls.wrap_socket(self.sock, server_hostname="127.0.0.1"))
         self.file = stack.enter_context(self.sock.makefile("rb"))
 
     def send(self, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> None:
