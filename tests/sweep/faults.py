@@ -4,6 +4,7 @@ An error that says something of the world which is not so (ESRCH while the proce
 system: it is left out. So is what no program has an answer to: see `LEFT_OUT`.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -94,6 +95,10 @@ LEFT_OUT = {
     "prlimit64 getrlimit sysinfo uname getrusage madvise": "asked for advice only, by the interpreter itself",
     "select pselect6": "the test's own: the program waits there until strace is attached",
 }
+
+if sys.version_info >= (3, 15):
+    del ERRORS["munmap"]
+    LEFT_OUT["munmap"] = "the interpreter ends the process where it cannot give memory back"
 
 # Where only files are read, no read says "not now".
 ERRORS_IN = {("start", "read"): "EINTR EIO"}
