@@ -154,7 +154,8 @@ def test_a_thread_that_does_not_end_is_named(start: Start) -> None:
     program.finish()
 
 
-def test_what_the_program_has_left_running_is_ended(start: Start, notes: Notes) -> None:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])  # the default is fork; from Python 3.14 on forkserver
+def test_what_the_program_has_left_running_is_ended(start: Start, notes: Notes, method: str) -> None:
     """Idle threads and processes of executors, and pools of processes, end with the worker, as fast as ever; what
     logging still keeps is written."""
     app = (
@@ -169,7 +170,7 @@ logging.getLogger("own").propagate = False
 class Busy(Handler):
     def answer(self, order):
         with_threads = concurrent.futures.ThreadPoolExecutor(2)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("METHOD")
         with_processes = concurrent.futures.ProcessPoolExecutor(1, context)
         kept.append((with_threads, with_processes, pool := context.Pool(1)))
         logging.getLogger("own").warning("by %d", os.getpid())
@@ -179,7 +180,7 @@ class Busy(Handler):
 kept = []
 """
     )
-    program = command(start, "app:Busy", "-w", 1, app=app).ready()
+    program = command(start, "app:Busy", "-w", 1, app=app.replace("METHOD", method)).ready()
     reply = ask(program.address, "all", timeout=20)
     assert reply.result == "123" and len(children(reply.pid)) >= 2
     assert program.stop().code == 0
