@@ -144,6 +144,22 @@ def test_affinity() -> None:
         os.sched_setaffinity(0, before)
 
 
+def test_the_command_says_the_number(start: Start) -> None:
+    """On one processor the first line of the log and `--help` say one worker, and there is one."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})  # inherited by what is started here
+        words = ("prefork", "http.server:SimpleHTTPRequestHandler", "-b", "127.0.0.1:0")
+        program, told = start(*words), start("prefork", "--help")
+    finally:
+        os.sched_setaffinity(0, before)
+    assert ready(program) == "1" and ", 1 worker; open http://" in program.log
+    told.wait_exit(20)
+    assert "(here: 1)" in " ".join(told.out_path.read_text().split())
+    for each in (program, told):
+        each.finish()
+
+
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="PYTHON_CPU_COUNT is Python 3.13's")
 def test_the_number_that_python_is_told() -> None:
     """PYTHON_CPU_COUNT counts instead of the processors that there are."""
@@ -220,6 +236,11 @@ def test_a_quota_of_one(group: Path, start: Start, inner: bool) -> None:
     command = launch(start, join(below) + wrapped())
     asked = launch(start, join(below) + wrapped("-w", "2"))
     assert [ready(program) for program in (script, command, asked)] == ["1", "1", "2"]
+    assert "worker class sync, 1 worker\n" in command.log and "worker class sync, 2 workers\n" in asked.log
+    told = launch(start, join(below) + wrapped("--help"))
+    told.wait_exit()
+    assert "(here: 1)" in " ".join(told.out_path.read_text().split())
+    told.finish()
     for program in (script, command, asked):
         program.finish()
 
