@@ -31,6 +31,16 @@ from prefork.settings.settings import Options, declared
 log = logs.get("prefork")
 
 
+# Of an error of the system: what to do, for an address and for the path of a Unix socket.
+_MENDS = {
+    (errno.EADDRINUSE, False): "; stop what serves there, or choose another with -b",
+    (errno.EADDRNOTAVAIL, False): "; this machine has no such address: choose another with -b",
+    (errno.EACCES, False): "; a port below 1024 needs a privilege: choose another with -b",
+    (errno.ENOENT, True): "; make its directory first, or choose another with -b",
+    (errno.EACCES, True): "; this user may not write to its directory: choose another with -b",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     standard_streams.fill()
@@ -53,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(error: PreforkError | OSError, program: str = "") -> int:
     """Print an error as its one line. Returns the exit code."""
-    text = f"{program}: {error}" if isinstance(error, ProgramError) else _text_of(error)
+    text = _text_of(error)
+    if isinstance(error, ProgramError) and not text.startswith(f"{program.partition(':')[0]}:"):
+        text = f"{program}: {text}"
     log_stderr.write(f"prefork: error: {text}\n")
     return error.exit_code if isinstance(error, PreforkError) else 1
 
@@ -61,14 +73,12 @@ def _fail(error: PreforkError | OSError, program: str = "") -> int:
 def _text_of(error: PreforkError | OSError) -> str:
     if not isinstance(error, OSError):
         return str(error)
-    where = f" {error.filename}" if error.filename else ""
-    mend = {
-        errno.EADDRINUSE: "; stop what serves there, or choose another with -b",
-        errno.EADDRNOTAVAIL: "; this machine has no such address: choose another with -b",
-        errno.EACCES: "; choose another with -b: ports below 1024 need a privilege",
-    }.get(error.errno or 0, "")
-    mend = "" if "/" in where.partition("://")[2] or where.startswith((" /", " unix")) else mend
-    return f"cannot listen{' on' if where else ''}{where}: {error.strerror}{mend}"
+    where = str(error.filename or "")
+    is_path = where.startswith(("/", "unix"))
+    mend = _MENDS.get((error.errno or 0, is_path), "")
+    if (error.errno or 0) < 0:  # of getaddrinfo(3), perhaps in a child
+        mend = "; it is no address and no name of this machine"
+    return f"cannot listen{' on' if where else ''} {where.removesuffix('.lock')}".rstrip() + f": {error.strerror}{mend}"
 
 
 def _serve(given: argparse.Namespace) -> int:
@@ -85,7 +95,7 @@ def _serve(given: argparse.Namespace) -> int:
     try:
         place = ProgramDirectory(given.chdir)
     except OSError as error:
-        raise OptionError(f"--chdir: {given.chdir!r} cannot be gone to: {error.strerror}") from None
+        raise OptionError(f"--chdir: cannot change to {given.chdir!r}: {error.strerror}") from None
     options = Options(flags)
     addresses = BindAddresses(tuple(BindAddress.parse(text, place) for text in given.bind), os.environ.get("PORT", ""))
     file_settings = [name for name in FILE_SETTINGS if name in flags]

@@ -42,12 +42,16 @@ def shape(named: Any) -> str:
     if not callable(named):
         return _with_article(type(named).__name__)
     signature = _signature(named, wrapped=False)
-    called = f" {signature}" if signature is not None else " (its parameters are unknown)"
+    called = f" {_short(str(signature))}" if signature is not None else " (its parameters are unknown)"
     if issubclass(type(named), type):
         return f"a class{called}"
     if issubclass(type(named), _ROUTINES):
         return f"{'a coroutine function' if _is_async(named) else 'a function'}{called}"
     return f"{_with_article(type(named).__name__)} object{called}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _with_article(name: str) -> str:

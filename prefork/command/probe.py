@@ -145,7 +145,10 @@ class ProgramProbe:
             self.abandon()
             if self._closed:
                 raise ProgramError("its import ended the process")
-            raise ProgramError(f"it was not imported within {self.timeout:g} s (boot_timeout)")
+            raise ProgramError(
+                f"it was not imported within {self.timeout:g} s (boot_timeout); a module that serves by itself does so "
+                "under `if __name__ == '__main__':`"
+            )
         self._leave(END_TIMEOUT)
         if "error" in answer:
             raise _error(answer)

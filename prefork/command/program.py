@@ -218,7 +218,10 @@ class Program:
                 # In the order in which they were bound, which is the order in which a worker will ask for them.
                 bound = [(made, address) for made, address in asked if any(made is server for server in servers)]
                 if len(bound) != len(asked):
-                    raise ProgramError(f"{self.target} binds a server that it does not return; no worker could have it")
+                    raise ProgramError(
+                        f"{program.name} is not the only server that is made: another one is bound, and no worker "
+                        "could have it; name that one, or make it under `if __name__ == '__main__':`"
+                    )
                 if len(bound) != len(servers):
                     raise ProgramError(f"{self.target} returned a server that is not bound")
                 claims = [getattr(made, "_claim", None) for made, _ in bound]

@@ -19,8 +19,9 @@ import prefork.servers.worker_class as worker_class
 import prefork.workers.intake.dispatch as dispatch
 from prefork.command.addresses import BindAddress, BindAddresses
 from prefork.command.inspection import describe, shape
+from prefork.command.probe import own_traceback
 from prefork.command.target import load
-from prefork.errors import OptionError, ProgramError
+from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.program_directory import ProgramDirectory
 from prefork.rules.program_kind import ProgramKind, kind_of
 from prefork.workers.base import Worker
@@ -112,8 +113,16 @@ def _kind(named: Any, given: type[Worker] | None) -> ProgramKind:
 
 
 def _served(name: str, kind: ProgramKind, servers: list[Any], given: type[Worker] | None) -> ServedProgram:
-    own = kind.worker_class or getattr(servers[0], "worker_class", "sync")
-    return ServedProgram(name, kind, servers, given or worker_class.resolve(own))
+    return ServedProgram(name, kind, servers, given or _own_class(name, kind, servers))
+
+
+def _own_class(name: str, kind: ProgramKind, servers: list[Any]) -> type[Worker]:
+    if not kind.worker_class:
+        return worker_class.resolve(getattr(servers[0], "worker_class", "sync"))
+    try:
+        return worker_class.resolve(kind.worker_class)
+    except OptionError as error:  # a library is missing
+        raise OptionError(f"{name} is {kind.value}; {str(error).removeprefix('worker_class: ')}") from None
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
@@ -170,13 +179,26 @@ def _shown(named: Any) -> str:
 def _call(name: str, factory: Any, kind: ProgramKind, addresses: BindAddresses) -> Any:
     """What a factory returns: a list of servers, or whatever else is to be judged."""
     if kind is ProgramKind.ADDRESS_FACTORY or (kind is ProgramKind.OPTIONAL_ADDRESS_FACTORY and addresses.typed):
-        given = addresses.of_kind(socket.SOCK_STREAM)
-        return [server for address in given for server in _servers(f"{name}(address)", factory(address.address))]
-    returned = factory()
+        return [
+            server
+            for each in addresses.of_kind(socket.SOCK_STREAM)
+            for server in _servers(f"{name}(address)", _result(f"{name}({each.address!r})", factory, each.address))
+        ]
+    returned = _result(f"{name}()", factory)
     if not isinstance(returned, (list, tuple, socketserver.BaseServer)):
         return returned
     _refuse_address(f"the server of {name}()", addresses)
     return _servers(f"{name}()", returned)
+
+
+def _result(call: str, factory: Any, *address: Any) -> Any:
+    try:
+        return factory(*address)
+    except (PreforkError, OSError):  # OSError: an address cannot be bound
+        raise
+    except Exception:
+        why = "; a factory of servers takes an address, that of an application takes nothing" if address else ""
+        raise ProgramError(f"{call} raised{why}\n{own_traceback()}") from None
 
 
 def _servers(call: str, returned: Any) -> list[Any]:

@@ -14,12 +14,15 @@ import sys
 import types
 from typing import Any
 
+from prefork.command.inspection import describe
 from prefork.command.probe import own_traceback
 from prefork.errors import OptionError, ProgramError
 from prefork.kernel.program_directory import ProgramDirectory
+from prefork.rules.program_kind import ProgramKind, kind_of
 
 NAMES = ("app", "application", "create_app", "Handler")  # what `prefork MODULE` looks for, in this order
 
+_DEFINED = (type, types.FunctionType, types.BuiltinFunctionType)
 _FILE = re.compile(r"(?P<folder>.*/)?(?P<module>[^/:]+?)(?:\.py)?(?::(?P<name>.*))?")
 
 
@@ -39,7 +42,8 @@ def load(target: str, place: ProgramDirectory) -> tuple[str, Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            hint = _similar_module(module_name, place)
+            head, dot, tail = module_name.rpartition(".")
+            hint = f"; did you mean {head}:{tail}?" if dot and not name else _similar_module(module_name, place)
             raise ProgramError(f"there is no module {error.name!r} in {place} or on the module path{hint}") from None
         raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
     except BaseException:
@@ -97,16 +101,27 @@ def _usual_name(module: types.ModuleType) -> str:
     for name in NAMES:
         if not isinstance(getattr(module, name, module), types.ModuleType):
             return name
-    inner = ""
+    inner = _served_name(module)
     for part in ("wsgi", "asgi"):  # a project of Django has them beside its settings
         with contextlib.suppress(Exception):
-            if importlib.util.find_spec(f"{module.__name__}.{part}") is not None:
+            if not inner and importlib.util.find_spec(f"{module.__name__}.{part}") is not None:
                 inner = f"; type prefork {module.__name__}.{part}"
                 break
     raise ProgramError(
         f"module {module.__name__!r} has no {', '.join(NAMES[:-1])} or {NAMES[-1]}"
         + (inner or f"; type prefork {module.__name__}:NAME")
     )
+
+
+def _served_name(module: types.ModuleType) -> str:
+    """What to type, where the module itself defines something that is no function and is served."""
+    for name, named in vars(module).items():
+        kind = kind_of(describe(named))
+        is_own_class = kind.is_handler and named.__module__ == module.__name__
+        is_object = kind is ProgramKind.SERVER or (kind.is_application and not isinstance(named, _DEFINED))
+        if not name.startswith("_") and (is_own_class or is_object):
+            return f"; type prefork {module.__name__}:{name}"
+    return ""
 
 
 def _similar_module(wanted: str, place: ProgramDirectory) -> str:

@@ -33,9 +33,10 @@ def resolve(setting: object) -> type[Worker]:
         module_name, colon, name = reference(setting).partition(":")
         if not (colon and module_name and name) or module_name.startswith("."):
             known = ", ".join(CLASSES)
+            hint = f"did you mean {setting.lower()!r}? " if setting.lower() in CLASSES else ""
             raise OptionError(
-                f"worker_class: there is no {setting!r}; use {known}, MODULE:NAME, or a name that an installed package "
-                f"registers in the entry points {ENTRY_POINTS}"
+                f"worker_class: there is no {setting!r}; {hint}use {known}, MODULE:NAME, or a name that an installed "
+                f"package registers in the entry points {ENTRY_POINTS}"
             )
         try:
             kind = importlib.import_module(module_name)

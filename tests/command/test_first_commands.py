@@ -265,6 +265,17 @@ REFUSED = {
     "a file": Refused("app.py", 2, "type the module: prefork app"),
     "a file here": Refused("./app.py", 2, "type the module: prefork app"),
     "a file elsewhere": Refused("src/app.py:app", 2, "prefork --chdir src/ app:app"),
+    "a name that does not resolve": Refused("app -b no.such.name.invalid:0", 1, "no name of this machine"),
+    "a folder that is not there": Refused("app -b ./run/s", 1, "make its directory first"),
+    "a class in capitals": Refused("app -k WSGI", 2, "did you mean 'wsgi'?"),
+    "a dot for a colon": Refused("app.app", 4, "did you mean app:app?"),
+    "a script": Refused("app", 4, "type prefork app:Lines", HTTP_HANDLER.replace("class Handler", "class Lines")),
+    "a script that serves": Refused(
+        "app --boot-timeout 0.5", 4, "__main__", "import threading\nthreading.Event().wait()\n"
+    ),
+    "another server": Refused("app:Handler", 4, "is not the only server", SERVER),
+    "a factory of one argument": Refused("app", 4, "takes nothing", "def create_app(name):\n    return name.title()\n"),
+    "a factory that raises": Refused("app", 4, "app:create_app() raised", "def create_app():\n    1 / 0\n"),
     "a wrong name": Refused("app:ap", 4, "did you mean 'app'?"),
     "a wrong module": Refused("apq:app", 4, "did you mean 'app'?"),
     "no usual name": Refused("app", 4, "type prefork app:NAME", "number = 7\n"),
@@ -285,9 +296,9 @@ def test_says_what_to_type(start: Start, name: str) -> None:
     row = REFUSED[name]
     program: Program = start("prefork", *row.words.split(" "), files={"app.py": row.app}, env={"PORT": "0"})
     program.wait_exit(20)
-    program.finish(code=row.code, allow=["prefork: error: .*"])
-    (line,) = program.log.splitlines()
-    assert row.says in line, line
+    program.finish(code=row.code, allow=["prefork: error: .*", patterns.TRACEBACK])
+    line, *own_traceback = program.log.splitlines()
+    assert row.says in line and (not own_traceback or own_traceback[0].startswith("Traceback ")), program.log
 
 
 def test_nothing_at_all(start: Start) -> None:

@@ -139,8 +139,7 @@ def test_a_directory_that_there_is_not(tmp_path: Path, name: str) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert (
-        done.stderr.startswith(f"prefork: error: --chdir: {name!r} cannot be gone to: ")
-        and done.stderr.count("\n") == 1
+        done.stderr.startswith(f"prefork: error: --chdir: cannot change to {name!r}: ") and done.stderr.count("\n") == 1
     )
 
 
