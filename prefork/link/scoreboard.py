@@ -145,11 +145,11 @@ class Scoreboard:
         value = int(self._part(slot).cast("Q")[PHASE])
         return Phase(value) if value in Phase._value2member_map_ else Phase.SERVING
 
-    def deadline(self, slot: int) -> tuple[float, bool]:
-        """The deadline of the request in hand (0.0: none), and whether that request was interrupted."""
+    def deadline(self, slot: int) -> tuple[float | None, bool]:
+        """The deadline of the request in progress (None: it has none), and whether that request was interrupted."""
         floats = self._part(slot).cast("d")
         deadline = floats[DEADLINE]
-        return _clamp(deadline, math.inf), bool(floats[INTERRUPTED] == deadline)
+        return _clamp(deadline, math.inf) or None, bool(floats[INTERRUPTED] == deadline)
 
     def threads(self, slot: int) -> int:
         """How many threads of a worker may want the interpreter at once."""

@@ -37,7 +37,7 @@ class Judge:
         for member in self._pool.members.values():
             if not member.aborted and not member.killed:
                 deadline, interrupted = self._board.deadline(member.slot)
-                readings.append(Reading(member.pid, deadline or None, interrupted, self._board.threads(member.slot)))
+                readings.append(Reading(member.pid, deadline, interrupted, self._board.threads(member.slot)))
         verdicts, self.due = self._deadlines.judge(now, readings)
         for pid in verdicts.interrupt:
             log.warning("worker %d (pid %d): its request is past its deadline", self._pool.members[pid].slot, pid)

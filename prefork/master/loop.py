@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import prefork.kernel.log_rotation as log_rotation
 import prefork.kernel.logs as logs
@@ -60,6 +60,16 @@ class Hooks(Protocol):
     def service_actions(self) -> None: ...
 
     def worker_exited(self, report: WorkerExit) -> None: ...
+
+
+class MasterOptions(TypedDict, total=False):
+    """What else a `Master` may be given; see there."""
+
+    probe: Callable[[], Probe] | None
+    settings: Callable[[], Options] | None
+    collect: Callable[[], float | None]
+    use_pidfd: bool
+    adopts: bool
 
 
 class Master:

@@ -141,7 +141,9 @@ class Pool:
     # Seconds:
     SIGNAL_GAP = 0.02  # to the first repetition of an order that was not understood; doubles
     LAST_GAP = 0.5  # and at most
-    UNHEARD = 0.3  # until a worker is killed that must leave at once and does not even say that it does
+    QUIT_ANSWER = 0.3  # until a worker is killed that was told to leave at once and has not acknowledged it
+    BOOT_ANSWER = 0.3  # the same for a worker that was told to leave while it booted
+    LEAST_GRACE = 0.3  # to drain, however short graceful_timeout is: a worker without a request leaves by itself
     TEARDOWN = 2.0  # that a worker which said so has for its teardown
     DUMP = 0.5  # between the order to show its stacks, of which it dies, and SIGKILL for one that is stopped
     AGAIN = 0.5  # between two SIGKILLs: the system may have refused the first
@@ -442,12 +444,12 @@ class Pool:
             return
         member.quitting = self.stage is Stage.FAST
         member.acknowledged = False
-        if member.quitting or member.ready_at is None:
-            # It has no request in progress, or is not to finish it.
-            member.kill_at = now + self.UNHEARD
+        if member.quitting:
+            member.kill_at = now + self.QUIT_ANSWER
+        elif member.ready_at is None:
+            member.kill_at = now + self.BOOT_ANSWER
         else:
-            # Also where there is no time for a request, a worker that has none shall leave by itself.
-            member.kill_at = now + max(self.UNHEARD, member.options.graceful_timeout)
+            member.kill_at = now + max(self.LEAST_GRACE, member.options.graceful_timeout)
 
     def _reduce(self, now: float) -> None:
         """Ask the workers to leave that are not needed any more."""

@@ -9,7 +9,7 @@ import os
 import socketserver
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import prefork.kernel.logs as logs
 import prefork.kernel.program_directory as program_directory
@@ -40,7 +40,7 @@ def run_pool(
     began: Callable[[loop.Master], None] = lambda master: None,
     ends: Callable[[loop.Master], None] = lambda master: None,
     drains: Callable[[loop.Master, Callable[[], None]], None] = lambda master, finish: finish(),
-    **of_master: Any,
+    **of_master: Unpack[loop.MasterOptions],
 ) -> None:
     """Run a pool over listeners until it is stopped.
 
@@ -64,7 +64,8 @@ def run_pool(
     no `Exception`, such as KeyboardInterrupt, and what `began()` raises: the workers are killed and collected, and it
     is raised again.
 
-    `of_master` is for `Master`: how a reload tries the program or reads the settings, and what other children it has.
+    `of_master` is passed to `Master`: how a reload tries the program or reads the settings, and what other children
+    it has.
     """
     names = [describe(listener.socket) for listener in listeners]
     for listener, name in zip(listeners, names, strict=True):

@@ -119,7 +119,7 @@ def check_clamped(board: Scoreboard) -> None:
     assert 0 <= entry.requests < 1 << 48
     assert entry.peer is None or (entry.peer.isprintable() and len(entry.peer) <= scoreboard.PEER_BYTES + 6)
     deadline, interrupted = board.deadline(7)
-    assert deadline >= 0.0 and isinstance(interrupted, bool)
+    assert (deadline is None or deadline > 0.0) and isinstance(interrupted, bool)
     assert isinstance(board.phase(7), Phase)
 
 

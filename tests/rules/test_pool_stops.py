@@ -181,9 +181,9 @@ def test_fast_stop() -> None:
     bench.pool.stop(Stage.FAST, bench.now)
     assert bench.look() == [Quit(1), Quit(2)]
     bench.pool.acknowledged(2, bench.now)
-    assert bench.look(Pool.UNHEARD) == [Kill(1)]
+    assert bench.look(Pool.QUIT_ANSWER) == [Kill(1)]
     bench.exit(1)
-    assert bench.look(Pool.TEARDOWN - Pool.UNHEARD) == [Kill(2)]
+    assert bench.look(Pool.TEARDOWN - Pool.QUIT_ANSWER) == [Kill(2)]
 
 
 def test_stops_only_rise() -> None:

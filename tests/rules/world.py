@@ -224,7 +224,7 @@ class World:
             process.told_at = self.now if process.told_at is None else process.told_at
         elif stopping < Stage.FAST and not process.condemned and not overdue:
             assert process.told_at is not None, "killed without having been asked"
-            grace = options.graceful_timeout if process.was_ready else min(Pool.UNHEARD, options.graceful_timeout)
+            grace = options.graceful_timeout if process.was_ready else min(Pool.BOOT_ANSWER, options.graceful_timeout)
             assert self.now >= process.told_at + grace - 1e-6, "killed too early"
         process.told = type(order)
 

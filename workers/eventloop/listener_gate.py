@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
-from prefork.workers.intake.balance import ASIDE, TAKE, YIELD, ConnectionBalancer
+from prefork.workers.intake.balance import ASIDE, Advice, ConnectionBalancer
 from prefork.workers.intake.connection_batch import SIZE, Batch
 
 AGAIN = 0.001  # seconds until a loop has surely put into its epoll what it was told to watch
@@ -124,23 +124,23 @@ class ListenerGate:
     def _ready(self, fd: int) -> None:
         if not self._is_open:  # another listener, in the same turn, has brought the last that there was room for
             return
-        whose, batch = TAKE, self._batch
+        advice, batch = Advice.TAKE, self._batch
         batch.begin(monotonic(), self._held())
         try:
-            while whose == TAKE and batch.taken < SIZE and self._take(fd):
+            while advice is Advice.TAKE and batch.taken < SIZE and self._take(fd):
                 batch.taken += 1
                 held = self._held()
                 if batch.ends_soon or held >= self._limit:
                     self._balancer.hold(held)
                 else:
-                    whose = self._balancer.whose(fd, held, single=False)
+                    advice = self._balancer.advice(fd, held, single=False)
                 if held >= self._limit:
                     self.watch()
                     return
         except OSError as error:
             self._close_after(error)
         if batch.taken:
-            self._step_out(fd, whose == YIELD)
+            self._step_out(fd, advice is Advice.YIELD)
 
     def _close_after(self, error: OSError) -> None:
         """For a moment, where the system has no room; else for good: the program has closed a listener."""
@@ -180,7 +180,7 @@ class ListenerGate:
     def _look(self, fd: int) -> None:
         """Look again at a queue that was left to siblings: they may have taken from it, or have their share by now."""
         self._stop_looking(fd)
-        if fd in self._out_of_line and self._balancer.whose(fd, self._held(), single=False) == YIELD:
+        if fd in self._out_of_line and self._balancer.advice(fd, self._held(), single=False) is Advice.YIELD:
             self._next_looks[fd] = self._loop.call_later(ASIDE, self._look, fd)
         else:
             self._rejoin_soon(fd)

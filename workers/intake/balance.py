@@ -7,6 +7,7 @@ So a worker that has its share of what all hold, and of what is queued, leaves a
 The check is skipped when the queue is empty after a take, as nearly always: then the kernel's order is fair enough.
 """
 
+import enum
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,11 +20,16 @@ import prefork.link.scoreboard as scoreboard
 ASIDE = 0.001  # seconds between two looks at a queue that is left to siblings
 YIELD_FOR = 0.01  # seconds for which it is: on a busy machine a worker that was woken waits that long for a processor
 
-# What to do about a queue: nothing, for it is empty; take from it; leave it to siblings.
-EMPTY, TAKE, YIELD = range(3)
-
 _TCP_INFO = socket.TCP_INFO if sys.platform == "linux" else -1
 _UNACKED = slice(24, 28)  # tcpi_unacked, which of a listener is the length of its queue
+
+
+class Advice(enum.Enum):
+    """What to do about a queue."""
+
+    EMPTY = "nothing is in it"
+    TAKE = "take from it"
+    YIELD = "leave it to siblings"
 
 
 class SlotOwner(Protocol):
@@ -73,8 +79,8 @@ class ConnectionBalancer:
             return _length(self._servers[fd]) or 0
         return int(readiness.is_readable(fd))  # a fraction of what a vain accept costs
 
-    def whose(self, fd: int, held: int, single: bool) -> int:
-        """What to do about the queue of a listener: `EMPTY` (nothing is there), `TAKE`, or `YIELD` to siblings.
+    def advice(self, fd: int, held: int, single: bool) -> Advice:
+        """What to do about the queue of a listener.
 
         To be asked after a take. The connection that was taken stays, so its worker was quick; a sibling that the
         kernel has woken for the next one may not have run yet. As long as a sibling is free and this worker has its
@@ -92,8 +98,8 @@ class ConnectionBalancer:
         queued = self.queued(fd)
         if not queued or not self._owner.board.has_share(held, queued, single):
             self._windows[fd].end()
-            return TAKE if queued else EMPTY
-        return YIELD if self._windows[fd].is_open(monotonic()) else TAKE
+            return Advice.TAKE if queued else Advice.EMPTY
+        return Advice.YIELD if self._windows[fd].is_open(monotonic()) else Advice.TAKE
 
 
 def _length(server: Any) -> int | None:

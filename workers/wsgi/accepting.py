@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS, Acceptor
-from prefork.workers.intake.balance import ASIDE, YIELD, ConnectionBalancer
+from prefork.workers.intake.balance import ASIDE, Advice, ConnectionBalancer
 from prefork.workers.intake.waiting import WaitingConnections
 from prefork.workers.wsgi.loop_rules import TRIES, Crowd
 from prefork.workers.wsgi.parser import Connection
@@ -109,7 +109,7 @@ class Accepting:
             self.start()
 
     def _is_siblings(self, fd: int) -> bool:
-        return self._balancer.whose(fd, len(self._loop.connections.by_fd), single=self._is_single) == YIELD
+        return self._balancer.advice(fd, len(self._loop.connections.by_fd), single=self._is_single) is Advice.YIELD
 
     def _pause_if_full(self, error: OSError) -> None:
         if error.errno not in RESOURCE_ERRORS:

@@ -20,7 +20,7 @@ import prefork.workers.intake.connection_batch as connection_batch
 from prefork.link.scoreboard import Scoreboard, Slot
 from prefork.rules.states import Phase
 from prefork.workers.intake.acceptor import Acceptor
-from prefork.workers.intake.balance import EMPTY, TAKE, YIELD, YIELD_FOR, ConnectionBalancer, YieldWindow
+from prefork.workers.intake.balance import YIELD_FOR, Advice, ConnectionBalancer, YieldWindow
 from support import Address, dial, elapse
 from support.scripts import Start, path_of_modules
 from support.web import Web
@@ -171,7 +171,7 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
         stack.callback(server.server_close)
         fd = server.fileno()
         balancer = ConnectionBalancer([fd], [server], SlotOwner(mine))
-        assert balancer.queued(fd) == 0 and balancer.whose(fd, 2, single=True) == EMPTY
+        assert balancer.queued(fd) == 0 and balancer.advice(fd, 2, single=True) is Advice.EMPTY
         for _ in range(3):
             stack.enter_context(dial(address))
         poll = select.poll()
@@ -181,17 +181,17 @@ def test_a_queue_is_left_to_siblings_for_a_moment(kind: str, tmp_path: Path) -> 
         stack.enter_context(server.get_request()[0])
         assert balancer.queued(fd) == (2 if kind == "tcp" else 1)
         for _ in range(3):
-            assert balancer.whose(fd, 2, single=True) == YIELD
+            assert balancer.advice(fd, 2, single=True) is Advice.YIELD
         assert mine.ints[scoreboard.HELD] == 2
         balancer._windows[fd]._opened_at -= YIELD_FOR
-        assert balancer.whose(fd, 2, single=True) == TAKE
+        assert balancer.advice(fd, 2, single=True) is Advice.TAKE
         balancer._windows[fd]._opened_at -= YIELD_FOR
-        assert balancer.whose(fd, 2, single=True) == YIELD
+        assert balancer.advice(fd, 2, single=True) is Advice.YIELD
         other.floats[scoreboard.BUSY_SINCE] = 1.0
-        assert balancer.whose(fd, 2, single=True) == TAKE
+        assert balancer.advice(fd, 2, single=True) is Advice.TAKE
         for _ in range(2):
             stack.enter_context(server.get_request()[0])
-        assert balancer.whose(fd, 2, single=True) == EMPTY
+        assert balancer.advice(fd, 2, single=True) is Advice.EMPTY
 
 
 def test_for_how_long_a_queue_is_left() -> None:
@@ -218,10 +218,10 @@ def test_each_queue_is_left_for_itself() -> None:
         one, other = servers
         for _ in range(2):
             stack.enter_context(dial(Address("tcp", *servers[one].server_address)))
-        assert balancer.whose(one, 2, single=False) == YIELD
+        assert balancer.advice(one, 2, single=False) is Advice.YIELD
         balancer._windows[one]._opened_at -= YIELD_FOR
-        assert balancer.whose(other, 2, single=False) == EMPTY
-        assert balancer.whose(one, 2, single=False) == TAKE
+        assert balancer.advice(other, 2, single=False) is Advice.EMPTY
+        assert balancer.advice(one, 2, single=False) is Advice.TAKE
 
 
 # -- in an event loop ------------------------------------------------------------------------------
