@@ -17,8 +17,8 @@ from prefork.servers.mixin import (
 )
 from prefork.servers.runner import serve
 from prefork.workers import MODULES
-from prefork.workers.base import Worker
 from prefork.workers.handlers.sync import SyncWorker
+from prefork.workers.worker import Worker
 
 if TYPE_CHECKING:
     from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer

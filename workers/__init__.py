@@ -17,7 +17,7 @@ MODULES = {
     "SyncWorker": "prefork.workers.handlers.sync",
     "ThreadWorker": "prefork.workers.handlers.threaded",
     "WSGIWorker": "prefork.workers.wsgi.worker",
-    "Worker": "prefork.workers.base",
+    "Worker": "prefork.workers.worker",
 }
 
 

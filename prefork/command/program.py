@@ -33,7 +33,7 @@ from prefork.kernel.unix_path import Claim
 from prefork.link.worker_context import WorkerContext
 from prefork.rules.program_kind import ProgramKind
 from prefork.settings.settings import Options, declared, with_whole_paths
-from prefork.workers.base import Worker
+from prefork.workers.worker import Worker
 
 log = logs.get("prefork")
 

@@ -24,7 +24,7 @@ from prefork.command.target import load
 from prefork.errors import OptionError, PreforkError, ProgramError
 from prefork.kernel.program_directory import ProgramDirectory
 from prefork.rules.program_kind import ProgramKind, kind_of
-from prefork.workers.base import Worker
+from prefork.workers.worker import Worker
 
 _SERVERS: dict[tuple[bool, int], type[Any]] = {
     (False, socket.SOCK_STREAM): mixin.PreforkTCPServer,

@@ -20,7 +20,7 @@ import prefork.workers.client_errors as client_errors
 from prefork.rules.worker_exit import WorkerExit
 from prefork.servers.runner import ServerPool, pool_of, serve
 from prefork.settings.settings import Options, Settings
-from prefork.workers.base import Worker
+from prefork.workers.worker import Worker
 
 log = logs.get("prefork")
 

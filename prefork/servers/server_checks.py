@@ -15,7 +15,7 @@ from prefork.errors import OptionError
 from prefork.kernel.listener import Listener
 from prefork.kernel.unpatched import refuse_patched
 from prefork.settings.settings import Options
-from prefork.workers.base import Worker
+from prefork.workers.worker import Worker
 
 _FORKING = socketserver.ForkingMixIn  # programs, and tests, put PreforkMixIn in its place
 _MASTERS = ("select", "threading")  # standard modules that a master needs as they are

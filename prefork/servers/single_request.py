@@ -25,8 +25,8 @@ from prefork.kernel.listener import describe
 from prefork.link.worker_context import WorkerContext
 from prefork.rules.worker_exit import Reason
 from prefork.settings.settings import Options
-from prefork.workers.base import Worker
 from prefork.workers.handlers.sync import SyncWorker
+from prefork.workers.worker import Worker
 
 log = logs.get("prefork")
 

@@ -12,7 +12,7 @@ import prefork.kernel.import_path as import_path
 import prefork.kernel.logs as logs
 from prefork.errors import OptionError
 from prefork.link.worker_context import WorkerContext
-from prefork.workers.base import Worker
+from prefork.workers.worker import Worker
 
 W = TypeVar("W", bound=Worker)
 

@@ -107,7 +107,7 @@ def file_of(folder: str, module: str) -> str:
 
 
 def package_of(module: str) -> str:
-    """The package in which a module is: `workers.wsgi.parser` is in `workers.wsgi`, `workers.base` in `workers`."""
+    """The package in which a module is: `workers.wsgi.parser` is in `workers.wsgi`, `workers.worker` in `workers`."""
     parts = module.split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((name for name in names if name in ORDER), "")
@@ -311,12 +311,12 @@ def test_no_module_is_long() -> None:
         (wrong_imports, "kernel.signal_inbox", "from prefork import serve", 1),
         (wrong_imports, "kernel.signal_inbox", "from . import errors\nfrom .errors import OptionError", 2),
         (wrong_imports, "kernel.signal_inbox", "import prefork.secrets", 1),
-        (wrong_imports, "workers.handlers.sync", "from prefork.workers.base import Worker", 0),
-        (wrong_imports, "workers.base", "from prefork.workers.handlers import sync", 1),
-        (wrong_imports, "workers.base", "from workers import sync", 1),
-        (wrong_imports, "master.loop", "from prefork.workers.base import Worker", 1),
+        (wrong_imports, "workers.handlers.sync", "from prefork.workers.worker import Worker", 0),
+        (wrong_imports, "workers.worker", "from prefork.workers.handlers import sync", 1),
+        (wrong_imports, "workers.worker", "from workers import sync", 1),
+        (wrong_imports, "master.loop", "from prefork.workers.worker import Worker", 1),
         (wrong_imports, "master.loop", "from prefork.link.worker_context import WorkerContext", 0),
-        (wrong_imports, "workers.wsgi.polling", "import prefork.workers.eventloop.base", 1),
+        (wrong_imports, "workers.wsgi.polling", "import prefork.workers.eventloop.loop_worker", 1),
         (wrong_imports, "command.cli", "from prefork.command.program import load", 0),
         (wrong_imports, "__init__", "from prefork.servers.mixin import PreforkMixIn", 0),
         (wrong_imports, "__init__", "from prefork.__main__ import main", 1),
@@ -349,8 +349,8 @@ def test_a_problem_is_told_with_its_place() -> None:
     """The message begins with file and line, and ends with the mend."""
     source = "import os\n\nfrom prefork.master.loop import Master"
     with pytest.raises(pytest.fail.Exception) as failed:
-        none_of("prefork", wrong_imports, {"workers.base": ast.parse(source)})
-    assert str(failed.value).startswith("workers/base.py:3: imports prefork.master.loop, but workers comes before")
+        none_of("prefork", wrong_imports, {"workers.worker": ast.parse(source)})
+    assert str(failed.value).startswith("workers/worker.py:3: imports prefork.master.loop, but workers comes before")
     assert str(failed.value).endswith("or pass it as an argument")
 
 

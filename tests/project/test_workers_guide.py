@@ -15,7 +15,7 @@ from pathlib import Path
 
 import prefork.servers.worker_class
 from prefork import Worker
-from prefork.workers.base import Worker as Base
+from prefork.workers.worker import Worker as Base
 from support import PROGRAMS, Address, Program, ask, dial
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, PEER_PORT, REQUESTS
 from prefork.settings.settings import Options
-from prefork.workers.accounting import ActiveRequests
+from prefork.workers.active_requests import ActiveRequests
 from prefork.workers.asgi.lifespan import Lifespan
 from prefork.workers.asgi.protocols import strict
 from prefork.workers.asgi.transport import with_buffered_heads

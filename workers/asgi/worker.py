@@ -21,8 +21,8 @@ from typing import Any
 import prefork.kernel.access_file as access_file
 import prefork.kernel.logs as logs
 from prefork.errors import OptionError
-from prefork.workers.eventloop.base import TURN, LoopWorker, bared
 from prefork.workers.eventloop.listener_gate import ListenerGate
+from prefork.workers.eventloop.loop_worker import TURN, LoopWorker, bared
 from prefork.workers.intake.acceptor import RESOURCE_ERRORS
 
 try:

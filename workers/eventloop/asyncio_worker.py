@@ -12,8 +12,8 @@ import prefork.kernel.logs as logs
 import prefork.workers.client_errors as client_errors
 import prefork.workers.eventloop.handlers as handlers
 from prefork.errors import OptionError
-from prefork.workers.eventloop.base import TURN, LoopWorker, bared
 from prefork.workers.eventloop.listener_gate import ListenerGate
+from prefork.workers.eventloop.loop_worker import TURN, LoopWorker, bared
 from prefork.workers.intake.acceptor import PAUSE, RESOURCE_ERRORS
 
 log = logs.get("prefork")

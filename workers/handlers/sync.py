@@ -9,8 +9,8 @@ from typing import Any
 import prefork.link.scoreboard as scoreboard
 import prefork.workers.intake.dispatch as dispatch
 from prefork.kernel.unpatched import refuse_patched
-from prefork.workers.base import Worker
 from prefork.workers.intake.accept_calls import Take, has_plain_peers
+from prefork.workers.worker import Worker
 
 
 class SyncWorker(Worker):

@@ -22,8 +22,8 @@ import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.unpatched import refuse_patched
 from prefork.link.worker_context import INTERRUPT
-from prefork.workers.base import Worker
 from prefork.workers.handlers.request_filter import Filter, check_of
+from prefork.workers.worker import Worker
 
 log = logs.get("prefork")
 

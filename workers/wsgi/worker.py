@@ -21,8 +21,8 @@ from prefork.errors import OptionError, RequestTimeout
 from prefork.kernel.unpatched import refuse_patched, select
 from prefork.link.scoreboard import BUSY_SINCE, BUSY_TIME, DEADLINE, PEER_PORT, REQUESTS
 from prefork.link.worker_context import WorkerContext
-from prefork.workers.base import Worker
 from prefork.workers.intake.waiting import BODY, HEAD, IDLE, LINGER, WaitPhase
+from prefork.workers.worker import Worker
 
 try:
     from prefork.workers.wsgi.access_log import AccessLog

@@ -16,10 +16,10 @@ from typing import Any
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.unpatched import refuse_patched
-from prefork.workers.accounting import ActiveRequest, UntimedRequest
-from prefork.workers.base import Worker
+from prefork.workers.active_requests import ActiveRequest, UntimedRequest
 from prefork.workers.intake.acceptor import RESOURCE_ERRORS
 from prefork.workers.intake.balance import ConnectionBalancer
+from prefork.workers.worker import Worker
 
 try:
     import uvloop

@@ -18,8 +18,8 @@ from prefork.link.worker_context import WorkerContext
 from prefork.settings.settings import Options
 from prefork.workers.asgi.application import ASGIApplication
 from prefork.workers.asgi.worker import ASGIWorker
-from prefork.workers.base import Worker
-from prefork.workers.eventloop.base import LoopWorker
+from prefork.workers.eventloop.loop_worker import LoopWorker
+from prefork.workers.worker import Worker
 
 TIMEOUT = 30.0
 TOKEN = b"a token."

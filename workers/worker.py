@@ -29,7 +29,7 @@ from prefork.errors import RequestTimeout
 from prefork.kernel.own_process import set_title
 from prefork.link.worker_context import INTERRUPT, WorkerContext
 from prefork.rules.states import Phase
-from prefork.workers.accounting import ActiveRequest, ActiveRequests
+from prefork.workers.active_requests import ActiveRequest, ActiveRequests
 from prefork.workers.intake.acceptor import Accepted, Acceptor
 from prefork.workers.lifecycle import ToldToLeave, exit_code
 from prefork.workers.recycling import Recycling
