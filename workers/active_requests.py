@@ -1,13 +1,13 @@
-"""The requests that a worker has in hand, and what its slot of the scoreboard says of them: how many there were, which
-is the oldest, which deadline is the earliest.
+"""The requests that a worker has in progress, and what its slot of the scoreboard says of them: how many there were,
+which is the oldest, which deadline is the earliest.
 
 At any moment one of two owns the cells BUSY_SINCE, DEADLINE, REQUESTS and BUSY_TIME:
 
 - The hottest loops, of `sync` and of `wsgi` with one thread, have one request at a time. They store what they know of
   it themselves, through views that `enter_fast_path()` gives them.
-- As soon as anything else is in hand, within that request or in another thread, `ActiveRequests` owns the cells, for
-  good. It releases the views, so that the next store of the loop raises ValueError: the loop pays nothing for asking.
-  What the loop had in hand is then a request like others, `fast_path_request`. The same happens in a process that the
+- As soon as anything else is in progress, within that request or in another thread, `ActiveRequests` owns the cells,
+  for good. It releases the views, so that the next store of the loop raises ValueError: the loop pays nothing for
+  asking. The loop's request is then a request like others, `fast_path_request`. The same happens in a process that the
   program forks; nobody reads the cells there.
 
 A request within another ends before it, as a rule, and the other goes on as before. The context variable `current` says
@@ -30,7 +30,7 @@ NOBODY = -1  # as the thread of a request that has begun, and that no thread wor
 
 
 class ActiveRequest:
-    """A request in hand, between the two ends of `with worker.serving(peer) as request:`.
+    """A request in progress, between the two ends of `with worker.serving(peer) as request:`.
 
     A request may begin in one place and end in another: `begin()` and `end()`, and between them `adopt()` in the thread
     that works on it. `deadline` is in seconds on the monotonic clock, 0.0 where there is none.
@@ -40,7 +40,7 @@ class ActiveRequest:
 
     def __init__(self, registry: "ActiveRequests", peer: object, timeout: float = 0.0) -> None:
         self._registry, self.peer, self.timeout, self.deadline = registry, peer, timeout, 0.0
-        self.outer: ActiveRequest | None = None  # what the thread or task had in hand when it entered this
+        self.outer: ActiveRequest | None = None  # what the thread or task had in progress when it entered this
         self.thread = 0  # 0 while the request begins or ends, and when it is over; no RequestTimeout is raised then
         self.late = False  # nobody waits for it any more
 
@@ -58,7 +58,7 @@ class ActiveRequest:
         return self
 
     def begin(self) -> "ActiveRequest":
-        """It is in hand from here on, and its deadline runs."""
+        """It is in progress from here on, and its deadline runs."""
         registry = self._registry
         if registry.fast_path_cells is not None:
             registry.leave_fast_path()
@@ -210,7 +210,7 @@ def innermost(request: ActiveRequest | None) -> ActiveRequest | None:
 
 
 class ActiveRequests:
-    """All requests that one worker has in hand.
+    """All requests that one worker has in progress.
 
     Parameters
     ----------
@@ -273,7 +273,7 @@ class ActiveRequests:
         return self.fast_path_cells
 
     def leave_fast_path(self) -> None:
-        """Take over from such a loop, at any point of it: what it has counted, and what it has in hand."""
+        """Take over from such a loop, at any point of it: what it has counted, and what it has in progress."""
         with self.lock:
             if self.fast_path_cells is None:
                 return
@@ -310,7 +310,7 @@ class ActiveRequests:
                 floats[DEADLINE] = deadline
 
     def earliest(self) -> float:
-        """The earliest deadline of what is in hand and not late; 0.0 where there is none."""
+        """The earliest deadline of what is in progress and not late; 0.0 where there is none."""
         first = next(iter(self.default_deadlines), None)
         least = first.deadline if first is not None else 0.0
         for request in self.custom_deadlines:
@@ -319,7 +319,7 @@ class ActiveRequests:
         return least
 
     def show_oldest(self) -> None:
-        """Show the oldest request in hand."""
+        """Show the oldest request in progress."""
         self.published = oldest = next(iter(self.open))
         self.board.floats[BUSY_SINCE] = oldest.start
         self.board.set_peer(oldest.peer)
@@ -363,7 +363,7 @@ class ActiveRequests:
             self.judge()
 
     def wait(self) -> None:
-        """Until all that is in hand is late."""
+        """Until all that is in progress is late."""
         with self.changed:
             self.finishing = True
             while not all(request.late for request in self.open):

@@ -60,7 +60,7 @@ class Worker:
         Told to leave. Called once, from a signal handler between two bytecodes of the main thread: set, close or wake
         something. The default ends `accept()`.
     expired()
-        The request in hand is past its deadline. Called from a signal handler, too.
+        The request in progress is past its deadline. Called from a signal handler, too.
     slack
         Class-level, seconds: by how much the deadlines that the master knows are later than `request_timeout`. For a
         class that interrupts its requests itself, so that the master finds only those where that did not help.
@@ -127,7 +127,7 @@ class Worker:
         _ = self.acceptor
 
     def run(self) -> None:
-        """Serve until told to leave, return when nothing is in hand any more."""
+        """Serve until told to leave, return when nothing is in progress any more."""
         raise NotImplementedError
 
     def drain(self) -> None:
@@ -216,7 +216,7 @@ class Worker:
         dispatch.run_chain(self, server, request, peer, begun)
 
     def leave(self) -> None:
-        """Take nothing new, finish what is in hand, be replaced at once; as after TERM. For the main thread."""
+        """Take nothing new, finish what is in progress, be replaced at once; as after TERM. For the main thread."""
         self._uplink.say(uplink.EXITS)
         self._on_term(signal.SIGTERM, None)
 
@@ -232,11 +232,11 @@ class Worker:
         return ActiveRequest(self._requests, peer, self._timeout if timeout is None else timeout)
 
     def finish(self) -> None:
-        """Wait for what other threads have in hand. The master sees to it that this ends."""
+        """Wait for what other threads have in progress. The master sees to it that this ends."""
         self._requests.wait()
 
     def extend_deadline(self, seconds: float) -> None:
-        """Give the request in hand `seconds` from now. Where it has no deadline there is nothing to extend."""
+        """Give the request in progress `seconds` from now. Where it has no deadline there is nothing to extend."""
         self._requests.extend(seconds)
 
     def recycle(self, reason: str = "") -> None:
@@ -357,7 +357,7 @@ class Worker:
 
 
 # In these an interrupt raises nothing: half a `begin()`, or an `end()` that stops at its first instruction, would keep
-# its request in hand for ever, and half an order to leave is none.
+# its request in progress for ever, and half an order to leave is none.
 _UNINTERRUPTIBLE = {
     function.__code__
     for function in (

@@ -247,7 +247,7 @@ def _send(to: socket.socket, message: dict[str, Any], fds: list[int] | None = No
 
 
 def _about_binding() -> bool:
-    """Whether the exception in hand came out of a bind or listen, and not out of the program's own files or sockets."""
+    """Whether the present exception came out of a bind or listen, and not out of the program's own files or sockets."""
     trace = sys.exc_info()[2]
     names = set()
     while trace is not None:
@@ -266,7 +266,7 @@ def _error(answer: dict[str, Any]) -> Exception:
 
 
 def own_traceback() -> str:
-    """The traceback of the exception in hand from the program's first line on, without those of the import system."""
+    """The traceback of the present exception from the program's first line on, without those of the import system."""
     kind, value, trace = sys.exc_info()
     while trace is not None and (
         trace.tb_frame.f_code.co_filename == importlib.__file__

@@ -38,7 +38,7 @@ class Background:
         self._queue: collections.deque[tuple[logging.Logger, logging.LogRecord] | threading.Event | None]
         self._queue, self._filled = collections.deque(), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
-        self._since = 0.0  # when it began with the record in hand; 0: it has none
+        self._since = 0.0  # when it began with the present record; 0: it has none
         self._dropped = 0
         self._stuck_was_said = False
         self._was_left = False  # behind, by `stop()`

@@ -38,7 +38,7 @@ class WorkerExit:
         The exit code, the negative number of the signal that killed it (as `subprocess` has it), or None where somebody
         else in the process had reaped it.
     serving, busy_for
-        The peer of the request it had in hand and for how many seconds, or None and 0.0.
+        The peer of the request it had in progress and for how many seconds, or None and 0.0.
     memory
         Peak resident memory in bytes, None where unknown.
     uptime

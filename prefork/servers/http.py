@@ -53,7 +53,7 @@ class BufferedHTTPMixIn(_Handler):
     own `timeout` counts. A handler need not know of keep-alive: the connection ends after a reply without
     `Content-Length` or `Transfer-Encoding`, and after a request whose body was not read.
 
-    A worker that leaves closes its connections after the request in hand, and says so in the reply. An idle client
+    A worker that leaves closes its connections after the request in progress, and says so in the reply. An idle client
     cannot be told: it has `parting` seconds for one more request.
     """
 

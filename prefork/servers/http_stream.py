@@ -96,7 +96,7 @@ class Wire(io.RawIOBase):
         return count
 
     def is_over(self) -> bool:
-        """Whether this connection ends with the request in hand."""
+        """Whether this connection ends with the request in progress."""
         if not self._keep or self.requests >= self._most or (self._worker is not None and self._worker.draining):
             return True
         now = monotonic()

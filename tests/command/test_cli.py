@@ -204,7 +204,7 @@ def test_log_level(start: Start, level: str, info: bool) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_stops_with_zero(start: Start, notes: Notes, number: signal.Signals) -> None:
-    """An ordered stop, of whichever kind, is exit code 0; TERM answers what is in hand."""
+    """An ordered stop, of whichever kind, is exit code 0; TERM answers what is in progress."""
     program = command(start, "app:Versioned", "-b", TCP, "-w", 2).ready()
     with ExitStack() as stack:
         held = hold(program.address, stack, "gate go")

@@ -19,7 +19,7 @@ NOW = 1000.0
 
 
 def test_an_idle_slot() -> None:
-    """A slot that was never written is a worker that boots and has nothing in hand."""
+    """A slot that was never written is a worker that boots and has nothing in progress."""
     entry = Scoreboard().read(0, NOW)
     assert (entry.phase, entry.busy_for, entry.requests, entry.busy_time, entry.peer) == (Phase.BOOTING, 0, 0, 0, None)
 

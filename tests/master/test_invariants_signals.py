@@ -40,7 +40,7 @@ def test_invariant_05_idle_stop_within_100_ms(start: Start, ledger: Ledger, numb
 def test_invariant_05_fast_stop_of_a_busy_pool(
     start: Start, ledger: Ledger, number: signal.Signals, order: str
 ) -> None:
-    """INT and QUIT end a pool within 500 ms although every worker has a request in hand."""
+    """INT and QUIT end a pool within 500 ms although every worker has a request in progress."""
     program = start("pool.py", TCP, "--workers", 2, allow=[patterns.HANDLER_ERROR]).ready()
     with ExitStack() as stack:
         in_hand(program.address, stack, order, order)
@@ -71,7 +71,7 @@ def test_invariant_05_fast_stop_of_workers_deep_in_c(start: Start, ledger: Ledge
 
 
 def test_invariant_05_graceful_stop_hears_a_second_signal(start: Start, ledger: Ledger) -> None:
-    """TERM waits for a request in hand; TERM again, or INT, does not."""
+    """TERM waits for a request in progress; TERM again, or INT, does not."""
     for number in (signal.SIGTERM, signal.SIGINT):
         program = start("pool.py", TCP, "--workers", 2, allow=[patterns.HANDLER_ERROR]).ready()
         already = len(ledger.read().served) + len(ledger.twice)
@@ -86,7 +86,7 @@ def test_invariant_05_graceful_stop_hears_a_second_signal(start: Start, ledger: 
 
 
 def test_invariant_05_graceful_stop_waits_for_the_request(start: Start, ledger: Ledger) -> None:
-    """A request in hand when TERM comes is answered to the byte, and the pool is gone right after it."""
+    """A request in progress when TERM comes is answered to the byte, and the pool is gone right after it."""
     program = start("pool.py", TCP, "--workers", 2).ready()
     with ExitStack() as stack:
         (connection,) = in_hand(program.address, stack, "sleep 0.7")
@@ -155,7 +155,7 @@ def test_invariant_05_a_program_that_leaves_a_child(start: Start, ledger: Ledger
 
 
 def test_invariant_05_signals_while_requests_hold_a_reload(start: Start, ledger: Ledger) -> None:
-    """While requests in hand hold a reload, killed new workers are replaced, the pool can grow, INT ends it at once."""
+    """While requests hold a reload up, killed new workers are replaced, the pool can grow, INT ends it at once."""
     program = start("pool.py", TCP, "--workers", 2, allow=[patterns.HANDLER_ERROR]).ready()
     old = program.wait_ready(2)
     with ExitStack() as stack:

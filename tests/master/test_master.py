@@ -436,7 +436,7 @@ def test_slots_are_stable(start: Start) -> None:
 
 
 def test_stop_answers_while_a_worker_boots(start: Start, notes: Notes) -> None:
-    """A stop that comes while a replacement is being born waits for nobody but the request in hand."""
+    """A stop that comes while a replacement is being born waits for nobody but the request in progress."""
     extra = "request_queue_size = 16"
     program = begin(start, extra=extra)
     with ExitStack() as stack:

@@ -221,7 +221,7 @@ def test_gevent_worker(example: Start, port: int) -> None:
 
 
 def test_gevent_worker_leaves(example: Start, port: int) -> None:
-    """A stop waits for the request in hand."""
+    """A stop waits for the request in progress."""
     program = example("gevent_worker", port, workers=2)
     with dial(tcp(port)) as client:
         client.sendall(b"one\n")

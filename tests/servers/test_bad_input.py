@@ -430,7 +430,7 @@ def test_datagrams_to_a_client_that_does_not_read(start: Start, notes: Notes, lo
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
         client.bind(str(program.run / "client"))
         client.settimeout(10)
-        for number in range(13):  # 11 answers fill the queue, and each worker has another in hand
+        for number in range(13):  # 11 answers fill the queue, and each worker has another in progress
             client.sendto(f"n{number}\n".encode(), path)
             noted(notes, "answers", number + 1)
         program.send(signal.SIGTERM)

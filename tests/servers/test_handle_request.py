@@ -127,7 +127,7 @@ def test_without_timeout_it_waits(start: Start, notes: Notes) -> None:
 
 
 def test_never_more_than_workers(start: Start, notes: Notes) -> None:
-    """With `workers` requests in hand the next one waits, and is served when one of them is done."""
+    """With `workers` requests in progress the next one waits, and is served when one of them is done."""
     program = begin(start)
     with ExitStack() as stack:
         held = [hold(program.address, stack, f"gate go-{number}", f"c{number}") for number in range(5)]
@@ -191,7 +191,7 @@ def test_a_subprocess_of_the_program(start: Start, notes: Notes) -> None:
 
 
 def test_close_waits_for_the_last(start: Start, notes: Notes) -> None:
-    """server_close() with block_on_close waits for the worker that has a request in hand."""
+    """server_close() with block_on_close waits for the worker that has a request in progress."""
     program = begin(start, loop="server.handle_request()\n    when('go', lambda: None)")
     with ExitStack() as stack:
         held = hold(program.address, stack, "gate go")

@@ -54,7 +54,7 @@ def test_a_worker_that_leaves_ends_its_idle_connections(start: Start, whole: boo
 
 
 def test_a_reply_tells_that_the_worker_leaves(start: Start, notes: Notes) -> None:
-    """A request in hand is answered, and its client told that nothing more is: it cannot lose a request."""
+    """A request in progress is answered, and its client told that nothing more is: it cannot lose a request."""
     program = serve(start)
     with ExitStack() as stack:
         client = Client(program, stack)

@@ -188,7 +188,7 @@ def test_block_on_close(start: Start, notes: Notes) -> None:
 
 
 def test_no_block_on_close(start: Start, notes: Notes) -> None:
-    """Without block_on_close the drain is ordered and goes on behind: the request in hand is answered, all are
+    """Without block_on_close the drain is ordered and goes on behind: the request in progress is answered, all are
     reaped."""
     program = launch(start, CLOSING.format(block=False, graceful=20)).ready()
     with ExitStack() as stack:

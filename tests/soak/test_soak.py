@@ -112,7 +112,7 @@ def test_random_signals(
     kind: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Two minutes of random signals: lost is at most what killed workers had in hand, and the master is as before."""
+    """Two minutes of random signals: at most the requests of killed workers are lost, and the master is as before."""
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")
     listen = {"tcp": "tcp://127.0.0.1:0", "unix": "unix:{run}/socket"}[kind]

@@ -1,4 +1,4 @@
-"""What the tests of the design's invariants share: every kind of address, and requests that are in hand."""
+"""What the tests of the design's invariants share: every kind of address, and requests that are in progress."""
 
 import signal
 import socket

@@ -157,7 +157,7 @@ class Ledger:
 
 
 def account(tally: Tally, ledger: Ledger, killed: Iterable[int] = ()) -> list[str]:
-    """What is wrong with this load: nothing, if each loss was in hand of another one of the killed processes."""
+    """What is wrong with this load: nothing, if each lost request was in progress in a killed process of its own."""
     ledger.read()
     hands = Counter(killed)
     wrong = [f"served twice: {identity}" for identity in ledger.twice]

@@ -12,7 +12,7 @@ A *phase* is where the tracer is attached:
   code, and nothing left behind.
 - `serve`: workers are killed, the program is reloaded, in vain too, the pool is resized.
 - `hang`: a request is past its deadline, and its worker has to be killed.
-- `stop`, `drain`, `quit`: the end, from the signal on; with an idle pool, a request in hand, and no time for it.
+- `stop`, `drain`, `quit`: the end, from the signal on; with an idle pool, a request in progress, and no time for it.
 
 After a phase the tracer is detached, so that the fault is over, and the pool is judged as its users would: it has its
 size within 5 s, every worker answers, a killed worker is replaced, a reload serves, a request past its deadline is

@@ -198,7 +198,7 @@ class Life:
         self.ends_under_fault(signal.SIGTERM)
 
     def drain(self) -> None:
-        """The same with a request in hand that does not end by itself."""
+        """The same with a request in progress that does not end by itself."""
         self.begin()
         self.occupy("stubborn")
         self.ends_under_fault(signal.SIGTERM)
@@ -277,10 +277,10 @@ class Life:
             until(predicate, self.patience, every=0.005)
 
     def occupy(self, order: str) -> socket.socket:
-        """A client whose request does not end. It is in hand when this returns."""
+        """A client whose request does not end. It is in progress when this returns."""
         client = self.stack.enter_context(dial(self.addresses[0]))
         client.sendall(f"client {order}\n".encode())
-        until(self.occupied, 5.0, "the request is in hand")
+        until(self.occupied, 5.0, "the request is in progress")
         return client
 
     def occupied(self) -> int | None:

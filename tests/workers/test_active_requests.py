@@ -1,4 +1,4 @@
-"""What a worker has in hand, as its slot of the scoreboard says it: counts, the oldest, the earliest deadline."""
+"""What a worker has in progress, as its slot of the scoreboard says it: counts, the oldest, the earliest deadline."""
 
 import asyncio
 import os
@@ -82,7 +82,7 @@ def near(seconds: float | None, wanted: float) -> bool:
 
 
 def test_one_request(bench: Bench) -> None:
-    """In hand it is shown with its client and its deadline; after it nothing is, but one more is counted."""
+    """In progress it is shown with its client and its deadline; after it nothing is, but one more is counted."""
     with bench.worker.serving(client(7)) as request:
         assert bench.peer == "10.0.0.1:7" and near(bench.due_in, TIMEOUT)
         assert request.thread == threading.get_ident()
@@ -125,7 +125,7 @@ def test_in_a_loop() -> None:
 
 
 def test_in_an_asgi_application() -> None:
-    """Without a deadline, a request that begins when none is in hand is shown and counted as others are."""
+    """Without a deadline, a request that begins when none is in progress is shown and counted as others are."""
     bench = Bench(ASGIWorker, request_timeout=None, max_requests=3, max_requests_jitter=0)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -239,7 +239,7 @@ def test_the_earliest_deadline_counts(bench: Bench) -> None:
 
 
 def test_extending_is_for_the_request_in_hand(bench: Bench) -> None:
-    """extend_deadline() is for what the calling thread has in hand, and for nothing that is over."""
+    """extend_deadline() is for what the calling thread has in progress, and for nothing that is over."""
     with bench.worker.serving(client(1)) as outer:
         thread = threading.Thread(target=bench.worker.extend_deadline, args=(500,))
         thread.start()
@@ -255,7 +255,7 @@ def test_extending_is_for_the_request_in_hand(bench: Bench) -> None:
 
 
 def test_an_interrupt_reaches_the_main_thread_only(bench: Bench) -> None:
-    """RequestTimeout is raised where the main thread has the one late request in hand; not for one that is not late,
+    """RequestTimeout is raised where the main thread works on the late request; not for a request that is not late,
     not as it begins or ends, and not for a thread's."""
     request = bench.worker.serving(client(1), timeout=0.0001)
     with pytest.raises(RequestTimeout), request:
@@ -329,8 +329,8 @@ def in_another_thread(act: Callable[[], object]) -> None:
 
 
 def test_within_the_request_of_a_loop(bench: Bench, loop: Loop) -> None:
-    """What a loop had in hand and had counted by itself is among all others once there are others: shown with its own
-    client and deadline until it ends, counted once, and extended by its thread. The loop cannot change it any more."""
+    """A loop's own request and count are with all others once there are others: it is shown with its own client
+    and deadline until it ends, counted once, and extended by its thread. The loop cannot change it any more."""
     requests = bench.worker._requests
     loop.count(7, 3.5)
     loop.begin(20)
@@ -357,8 +357,8 @@ def test_within_the_request_of_a_loop(bench: Bench, loop: Loop) -> None:
 
 
 def test_beside_the_request_of_a_loop(bench: Bench, loop: Loop) -> None:
-    """What a loop has in hand when another thread begins stays that of the loop's thread, in which it is interrupted
-    and extended."""
+    """When another thread begins, a loop's own request stays that of the loop's thread, in which it is interrupted and
+    extended."""
     loop.begin(0.0001, start=monotonic())
     in_another_thread(lambda: bench.worker.serving("job", timeout=0).begin())
     one, _ = bench.worker._requests.open
@@ -386,7 +386,7 @@ def test_within_what_has_no_deadline(bench: Bench, loop: Loop, timeout: float) -
 
 
 def test_while_a_loop_is_idle(bench: Bench, loop: Loop) -> None:
-    """Where a loop has nothing in hand its counts are taken over, and no request is ended by the end of nothing."""
+    """Where a loop has nothing in progress its counts are taken over, and no request is ended by the end of nothing."""
     loop.count(4, 1.5)
     bench.worker.extend_deadline(5)
     assert bench.idle
@@ -468,7 +468,7 @@ def test_late_in_threads(bench: Bench) -> None:
 
 
 def test_threads_count_exactly(bench: Bench) -> None:
-    """Requests of many threads at once are all counted, and none is left in hand."""
+    """Requests of many threads at once are all counted, and none is left in progress."""
 
     def serve() -> None:
         for _ in range(500):

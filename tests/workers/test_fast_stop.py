@@ -86,16 +86,16 @@ SLOW = (HEAD.replace(b"/", b"/large", 1), True)
 WAITING = (SILENT, HALF_HEAD, KEPT, KEPT_HALF_HEAD)
 STOPS = {
     "wsgi, waiting": ("wsgi", (), "wsgi", (*WAITING, REFUSED, SHORT_HALF_BODY)),
-    "wsgi, in hand": ("wsgi", (), "wsgi", (SLOW,)),
+    "wsgi, in progress": ("wsgi", (), "wsgi", (SLOW,)),
     "wsgi with threads, waiting": ("wsgi", ("--threads", 3), "wsgi", (*WAITING, REFUSED, SHORT_HALF_BODY)),
-    "wsgi with threads, in hand": ("wsgi", ("--threads", 3), "wsgi", (SLOW, LONG_HALF_BODY)),
+    "wsgi with threads, in progress": ("wsgi", ("--threads", 3), "wsgi", (SLOW, LONG_HALF_BODY)),
     "asgi, waiting": ("asgi", (), "asgi", (*WAITING, SLOW)),
-    "asgi, in hand": ("asgi", (), "asgi", (LONG_HALF_BODY,)),
+    "asgi, in progress": ("asgi", (), "asgi", (LONG_HALF_BODY,)),
     "asgi on asyncio's loop, waiting": ("programs:Plain", (), "asgi", (*WAITING, SLOW)),
     "sync, kept": ("sync", (), "Kept", (KEPT_HALF_HEAD,)),
-    "thread, in hand": ("thread", (), "Kept", (*WAITING, SHORT_HALF_BODY, SLOW)),
+    "thread, in progress": ("thread", (), "Kept", (*WAITING, SHORT_HALF_BODY, SLOW)),
     "has_request, waiting": ("thread", (), "Filtered", (SILENT, HALF_HEAD)),
-    "asyncio, in hand": ("asyncio", (), "Coroutine", (SILENT, HALF_HEAD, SLOW)),
+    "asyncio, in progress": ("asyncio", (), "Coroutine", (SILENT, HALF_HEAD, SLOW)),
 }
 
 

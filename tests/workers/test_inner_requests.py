@@ -74,7 +74,7 @@ def play(worker, orders):
                 job(worker, argument)
             case "hand":  # begun here, ended there
                 job(worker, argument, worker.serving("job", 0).begin())
-            case "wait":  # begun when nothing else is in hand
+            case "wait":  # begun when nothing else is in progress
                 def run(name):
                     pass_gate(name)
                     job(worker, name + "-over")
@@ -265,7 +265,7 @@ def test_interrupting_what_is_around(start: Start, kind: str) -> None:
 
 @each_main
 def test_interrupting_what_is_within(start: Start, notes: Notes, kind: str) -> None:
-    """A request is interrupted, too, while another within it is in hand; and that alone, if only it is late."""
+    """A request is interrupted, too, while another within it is in progress; and that alone, if only it is late."""
     program = pool(start, kind, timeout=0.3, allow=[patterns.HANDLER_ERROR])
     (worker,) = program.children()
     assert tell(program, kind, "hung") is None

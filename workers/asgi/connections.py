@@ -45,7 +45,7 @@ def is_open_websocket(connection: Any) -> bool:
 
 
 def is_between(connection: Any) -> bool:
-    """Whether an HTTP connection has no request in hand: none yet, or the last connection is answered."""
+    """Whether an HTTP connection has no request in progress: none yet, or the last connection is answered."""
     return connection.cycle is None or connection.cycle.response_complete
 
 

@@ -1,4 +1,4 @@
-"""The shipped worker for handlers that are coroutines: an event loop, and many requests in hand at once."""
+"""The shipped worker for handlers that are coroutines: an event loop, and many requests in progress at once."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ class AsyncioWorker(LoopWorker):
     -----------------------------------------
     loop, leaving (an `asyncio.Event` that is set once the worker is to leave)
 
-    A worker that leaves takes no more, and waits for what it has in hand. What is left shortly before the end of
+    A worker that leaves takes no more, and waits for what it has in progress. What is left shortly before the end of
     `graceful_timeout` is cancelled, so that `finally` blocks still run.
     """
 
@@ -95,7 +95,7 @@ class AsyncioWorker(LoopWorker):
             self.loop.call_later(max(0.0, end - monotonic()), self._cut)
 
     def _cut(self) -> None:
-        """`graceful_timeout` is about to end: have what is left in hand end by itself, before the master ends it."""
+        """`graceful_timeout` is about to end: have the requests left end by themselves, before the master ends them."""
         self._cut_off = True
         self._room.set()
         if self._tasks:

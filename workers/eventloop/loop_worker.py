@@ -37,7 +37,7 @@ _EARLY = 0.002  # seconds by which a timer may ring before it is due: uvloop cou
 
 
 class TaskRequest(ActiveRequest):
-    """A request that a task has in hand. Past its deadline the task is cancelled, and the `with` block makes a
+    """A request that a task has in progress. Past its deadline the task is cancelled, and the `with` block makes a
     RequestTimeout of that.
 
     An extension does not set the timer anew: when the timer rings it looks whether the request is due. The deadline on

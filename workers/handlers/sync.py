@@ -73,7 +73,7 @@ class SyncWorker(Worker):
                     ints[port_at] = peer[1]
                 else:
                     self._board.set_peer(peer)
-                # From here to the handler nothing is called: what is found in hand afterwards has been handled.
+                # From here to the handler nothing is called: what is found in progress afterwards has been handled.
                 floats[since] = start
                 if timeout:
                     floats[due] = start + timeout

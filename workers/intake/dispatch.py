@@ -16,7 +16,7 @@ _COROUTINE = 0x80  # inspect.CO_COROUTINE; `inspect` takes 10 ms to import
 
 
 class Begun(Protocol):
-    """A request in hand, as the worker accounts for it."""
+    """A request in progress, as the worker accounts for it."""
 
     thread: int
 

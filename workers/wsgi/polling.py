@@ -306,7 +306,7 @@ class PollingLoop:
             self._wait_out()
 
     def _is_given_back(self) -> bool:
-        """Wait for the requests in hand. Returns whether a thread gave a connection back, which may ask once more."""
+        """Wait for the requests of threads. Returns whether one gave a connection back, which may ask once more."""
         if self.followers is not None:
             self.followers.wait_begun()
             self._worker.finish()

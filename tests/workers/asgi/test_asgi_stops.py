@@ -1,4 +1,4 @@
-"""Nothing is lost when an ASGI worker leaves, whatever is in hand, at rest, or on its way."""
+"""Nothing is lost when an ASGI worker leaves, whatever is in progress, at rest, or on its way."""
 
 import contextlib
 import signal
@@ -130,7 +130,7 @@ def test_a_fast_stop_waits_for_nobody(start: Start, notes: Notes) -> None:
 
 
 def test_the_end_of_graceful_timeout(start: Start, notes: Notes) -> None:
-    """What is still in hand shortly before is cancelled: its `finally` and the lifespan's end still run."""
+    """What is still in progress shortly before is cancelled: its `finally` and the lifespan's end still run."""
     program = serve(start, "-w", 1, "--graceful-timeout", 1, allow=TROUBLE)
     with contextlib.closing(Client(program.address)) as client:
         client.request("GET", "/late")

@@ -114,7 +114,7 @@ def test_handlers_are_told_of_a_stop(start: Start, notes: Notes, loop: str) -> N
 
 @both_loops
 def test_what_is_left_is_cancelled(start: Start, notes: Notes, loop: str) -> None:
-    """Shortly before graceful_timeout what is still in hand is cancelled, and its `finally` blocks run to their end."""
+    """Shortly before graceful_timeout the requests left are cancelled, and their `finally` blocks run to their end."""
     program = begin(start, loop, workers=2, graceful_timeout=2.0)
     with ExitStack() as stack:
         held = [hold(program.address, stack, "hang") for _ in range(6)]
@@ -130,7 +130,7 @@ def test_what_is_left_is_cancelled(start: Start, notes: Notes, loop: str) -> Non
 
 
 def test_a_queue_that_nobody_can_take(start: Start, notes: Notes) -> None:
-    """A stop of workers at their limit cancels what is in hand in time, though others still wait in the queue."""
+    """A stop of workers at their limit cancels what is in progress in time, though others still wait in the queue."""
     program = begin(start, workers=1, max_connections=1, graceful_timeout=1.0)
     with ExitStack() as stack:
         held = hold(program.address, stack, "hang")

@@ -1,4 +1,4 @@
-"""The worker for coroutines: every kind of server, many requests in hand, and which classes fit together."""
+"""The worker for coroutines: every kind of server, many requests in progress, and which classes fit together."""
 
 import functools
 import socketserver
@@ -35,7 +35,7 @@ def test_every_kind_of_server(start: Start, notes: Notes, loop: str, kind: str) 
 
 @both_loops
 def test_many_at_once(start: Start, notes: Notes, loop: str) -> None:
-    """One worker has 200 requests in hand, answers others meanwhile, and a stop waits for all of them."""
+    """One worker has 200 requests in progress, answers others meanwhile, and a stop waits for all of them."""
     program = begin(start, loop, workers=1)
     with ExitStack() as stack:
         held = [hold(program.address, stack, "gate go", f"held-{number}") for number in range(200)]

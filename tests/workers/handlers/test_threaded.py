@@ -161,7 +161,7 @@ def os_times(pid: int) -> int:
 
 @pytest.mark.parametrize("kind", ["tcp", "udp", "unix", "unixgram"])
 def test_kinds(start: Start, notes: Notes, kind: str) -> None:
-    """Streams and datagrams are served at once by several threads; a stop answers what they have in hand."""
+    """Streams and datagrams are served at once by several threads; a stop answers what they have in progress."""
     server, handler, address = {
         "tcp": ("PreforkTCPServer", "Handler", TCP),
         "udp": ("PreforkUDPServer", "Datagrams", TCP),

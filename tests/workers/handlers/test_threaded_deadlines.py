@@ -128,7 +128,7 @@ def test_the_pool_stops_while_one_hangs(start: Start, notes: Notes, ledger: Ledg
 @pytest.mark.parametrize(("order", "status"), [("leave 3", 3), ("leave 0", 0), ("interrupt", 1)])
 def test_exit_in_a_handler(start: Start, notes: Notes, order: str, status: int) -> None:
     """SystemExit and KeyboardInterrupt end the worker, as they do in one without threads; what its other threads have
-    in hand is finished first, by which time it is replaced."""
+    in progress is finished first, by which time it is replaced."""
     program = pool(start, allow=[patterns.TRACEBACK, r"\S+KeyboardInterrupt|KeyboardInterrupt"])
     (worker,) = program.wait_ready(1)
     with ExitStack() as stack:

@@ -208,7 +208,7 @@ def test_nothing_is_lost_on_kept_connections(start: Start) -> None:
 
 
 def test_stop_answers_what_was_sent(start: Start, notes: Notes) -> None:
-    """On a stop, what is in hand, half sent, pipelined or queued is answered; idle clients see the stream's end."""
+    """On a stop, what is in progress, half sent, pipelined or queued is answered; idle clients see the stream's end."""
     program = serve(start)
     with ExitStack() as stack:
         idle, half, pipelined, held, queued = [stack.enter_context(Web(program.address)) for _ in range(5)]

@@ -442,7 +442,7 @@ def test_deadline_after_accounts_of_ones_own(start: Start, first: str) -> None:
 
 @pytest.mark.parametrize(("threads", "first"), [*((1, first) for first in ACCOUNTS), (1, "job=go"), (2, "part=0")])
 def test_extending_after_accounts_of_ones_own(start: Start, threads: int, first: str) -> None:
-    """extend_deadline() is for the request that the calling thread has in hand, also where that has had others."""
+    """extend_deadline() is for the request that the calling thread has in progress, also where that has had others."""
     program = own(start, "--threads", threads, "--request-timeout", 0.3, files={"now": ""})
     with Web(program.address) as client:
         assert client.get(f"/{first}/extend=20/linger=0.5").status == 200
@@ -451,7 +451,7 @@ def test_extending_after_accounts_of_ones_own(start: Start, threads: int, first:
 
 
 def test_a_job_that_outlasts_its_request(start: Start, notes: Notes) -> None:
-    """What a thread of the application has in hand is counted as it ends, beside all requests before and after it."""
+    """A request of a thread of the application is counted as it ends, beside all requests before and after it."""
     program = own(start, "--request-timeout", 20)
     with Web(program.address) as client:
         assert [client.get(path).body for path in ("/", "/job=go", "/", "/")] == [slot(n) for n in range(4)]
