@@ -4,6 +4,7 @@ Nothing in it waits on the lifeline: when the master dies the kernel kills the c
 """
 
 import faulthandler
+import functools
 import gc
 import signal
 import sys
@@ -98,18 +99,32 @@ def main(context: WorkerContext, build: Callable[[WorkerContext], Life], unblock
 def leave_if_told(life: Callable[[], Life | None] = lambda: None) -> list[int]:
     """Have TERM and QUIT raise `ToldToLeave`, once. Returns a list that receives the signal that came."""
     told: list[int] = []
+    swallowed = False
 
     def leave(signum: int, frame: types.FrameType | None) -> None:
+        nonlocal swallowed
         if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-            # This may be a callback of a weak reference, which would swallow the exception. So the signal comes again
-            # from another thread, when the callback is over: here its handler would run before this one returns.
+            # This may be a callback of a weak reference, which must come to its end: it holds a lock. So the signal
+            # comes again from another thread, after it: from here its handler would run before this one returns.
             start_new_thread(_send_again, (get_ident(), signum))
-        elif not told:
+        elif swallowed or not told:
+            if not told:
+                sys.unraisablehook = functools.partial(again, sys.unraisablehook)
+                warnings.simplefilter("ignore")  # of files that are not closed, and coroutines that are not awaited
+            swallowed = False
             told.append(signum)
             if (worker := life()) is not None:
                 worker.draining = True
-            warnings.simplefilter("ignore")  # of files that are not closed, and coroutines that are not awaited
             raise ToldToLeave
+
+    def again(former: Callable[["sys.UnraisableHookArgs"], object], ignored: "sys.UnraisableHookArgs") -> None:
+        """A `__del__`, or a callback of C, has swallowed the exception: it is raised once more, when that is over."""
+        nonlocal swallowed
+        if ignored.exc_type is not ToldToLeave:
+            former(ignored)
+            return
+        swallowed = True
+        start_new_thread(_send_again, (get_ident(), told[-1]))
 
     for number in (signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, leave)

@@ -69,13 +69,13 @@ class ProgramProbe:
         self._answer: dict[str, Any] | None = None
         self._closed = False
         self._end: float | None = None  # when a child that is to leave is killed
+        lifeline.prepare()
         with private_fds.fork_lock():
             self._socket, theirs = socket.socketpair()
             ends = worker_pipes.WorkerPipes.open()
             private_fds.add([self._socket.fileno()])
         self.fd = self._socket.fileno()
         main_thread = threading.current_thread() is threading.main_thread()
-        lifeline.prepare()
 
         def main(unblock: Callable[[], None]) -> int:
             lifeline.arm(ends.lifeline_read, main_thread=main_thread)

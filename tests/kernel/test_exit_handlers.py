@@ -303,7 +303,7 @@ IN_CALLBACK = """
 if (HOME / "slow").exists():
     class Lock: ...
     text = "def cb(ref):\\n    note(f'boots {os.getpid()}')\\n    while not os.access('told', os.F_OK): pass"
-    exec(compile(text, "<frozen importlib._bootstrap>", "exec"))
+    exec(compile(text, FILE, "exec"))
     lock = Lock()
     ref = weakref.ref(lock, cb)
     del lock
@@ -311,9 +311,12 @@ if (HOME / "slow").exists():
 """
 
 
-def test_told_to_leave_in_a_callback(start: Start, notes: Notes) -> None:
-    """An order that comes in a callback of the import system, which would swallow an exception, is obeyed after it."""
-    program = command(start, "app:Handler", "-w", 1, app=APP + "import weakref\n" + IN_CALLBACK).ready()
+@pytest.mark.parametrize("file", ["<frozen importlib._bootstrap>", "library.py"])
+def test_told_to_leave_in_a_callback(start: Start, notes: Notes, file: str) -> None:
+    """An order that comes in a callback, of the import system or of a library, which swallows an exception, is obeyed
+    after it, and nothing is said of that exception."""
+    app = APP + f"import weakref\nFILE = {file!r}\n" + IN_CALLBACK
+    program = command(start, "app:Handler", "-w", 1, app=app).ready()
     (first,) = program.wait_ready(1)
     program.write("slow", "")
     program.kill_workers(first)
