@@ -197,19 +197,23 @@ def _instead_of_url(match: re.Match[str]) -> str:
     return f"type the address alone: -b {where}"
 
 
-def leaves_ipv4(server: Any, addresses: Sequence[BindAddress]) -> bool:
-    """Whether a server of all IPv6 addresses leaves those of IPv4, on the same port, to another `--bind`. Where there
-    is none it takes what the system gives it, which is usually both."""
+def is_ipv6_wildcard(server: Any) -> bool:
+    """Whether a server is to listen on every address of IPv6."""
     if server.address_family != socket.AF_INET6:
         return False
-    host, port = server.server_address[:2]
+    host = server.server_address[0]
     try:
-        is_wildcard = not host or not any(socket.inet_pton(socket.AF_INET6, host))
+        return not host or not any(socket.inet_pton(socket.AF_INET6, host))
     except OSError:  # a name, or an address with a zone
         return False
+
+
+def leaves_ipv4(server: Any, addresses: Sequence[BindAddress]) -> bool:
+    """Whether a server of every IPv6 address leaves those of IPv4, on the same port, to another `--bind`."""
+    port = server.server_address[1]
     ports = [
         address.address[1]
         for address in addresses
         if address.family == socket.AF_INET and address.of_kind(server.socket_type).kind == server.socket_type
     ]
-    return is_wildcard and port != 0 and port in ports
+    return port != 0 and port in ports

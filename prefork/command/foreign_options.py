@@ -72,7 +72,7 @@ REFUSED = (
     ForeignOption(("--app", "-A"), (FLASK,), "prefork MODULE:NAME"),
     ForeignOption(("--module", "--wsgi", "--callable"), (UWSGI,), "prefork MODULE:NAME"),
     ForeignOption(("--wsgi-file", "--file"), (UWSGI,), "prefork MODULE", "without the folder and without .py"),
-    ForeignOption(("--factory",), (UVICORN,), "prefork MODULE:NAME()", "NAME alone is called, too, if it is a factory"),
+    ForeignOption(("--factory",), (UVICORN,), "prefork MODULE:NAME", "a factory is called"),
     ForeignOption(("--interface",), (UVICORN,), "-k wsgi or -k asgi"),
     ForeignOption(("--app-dir",), (UVICORN,), "--chdir DIR"),
     ForeignOption(("--chdir2",), (UWSGI,), "--chdir DIR"),

@@ -22,9 +22,9 @@ import prefork.kernel.private_fds as private_fds
 import prefork.kernel.readiness as readiness
 import prefork.servers.server_checks as server_checks
 import prefork.servers.worker_class as worker_class
-from prefork.command.addresses import BindAddresses, leaves_ipv4
+from prefork.command.addresses import BindAddresses, is_ipv6_wildcard, leaves_ipv4
 from prefork.command.probe import ProgramProbe, Work
-from prefork.command.program_servers import ServedProgram, make_servers
+from prefork.command.program_servers import ServedProgram, is_own_server, make_servers
 from prefork.command.server_sockets import binding, by_address, in_order
 from prefork.errors import OptionError, ProgramError
 from prefork.kernel.listener import Listener
@@ -208,8 +208,10 @@ class Program:
         kind = self._enter()
 
         def take(server: Any) -> None:
-            if leaves_ipv4(server, self._addresses.typed):
-                server.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if is_ipv6_wildcard(server):
+                only = leaves_ipv4(server, self._addresses.typed)
+                if only or is_own_server(server):  # a class of the program may have chosen by itself
+                    server.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
 
         with binding(take, claims=self._file_settings) as asked:
             try:

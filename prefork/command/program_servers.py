@@ -225,6 +225,14 @@ def _server_class(kind: ProgramKind, address: BindAddress) -> type[Any]:
     return http.PreforkUnixHTTPServer if is_unix else http.PreforkHTTPServer
 
 
+def is_own_server(server: Any) -> bool:
+    """Whether the class of a server is prefork's, and nothing of the program is in it."""
+    return all(
+        base.__module__.startswith(("prefork.", "socketserver", "http.server", "builtins"))
+        for base in type(server).__mro__
+    )
+
+
 def _servers_of_class(kind: type[Any], addresses: BindAddresses) -> list[Any]:
     if not issubclass(kind, mixin.PreforkMixIn):
         kind = type(kind.__name__, (mixin.PreforkMixIn, kind), {})

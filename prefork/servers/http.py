@@ -11,10 +11,12 @@ when others wait for a worker and this client has had its turn.
 
 import contextlib
 import email.message
+import functools
 import http.server
 import io
 import re
 import socket
+import socketserver
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,20 @@ else:
     _Handler = object
 
 
-class PreforkHTTPServer(PreforkMixIn, http.server.HTTPServer):
+class _NamedLaterHTTPServer(http.server.HTTPServer):
+    """Looks its name up when somebody asks for it. HTTPServer does that in each bind, which a silent name server holds
+    up for seconds, and each worker binds."""
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)
+        self.server_port = self.server_address[1]
+
+    @functools.cached_property
+    def server_name(self) -> str:  # type: ignore[override]
+        return socket.getfqdn(str(self.server_address[0]))
+
+
+class PreforkHTTPServer(PreforkMixIn, _NamedLaterHTTPServer):
     """`http.server.HTTPServer` on the pool, without Nagle's delay. For the keep-alive of `BufferedHTTPMixIn`."""
 
     def server_bind(self) -> None:

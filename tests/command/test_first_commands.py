@@ -2,8 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +15,7 @@ import pytest
 
 from support import Address, Program, patterns, until
 from support.clients import dial, has_ipv6
-from support.scripts import Start, rest
+from support.scripts import Start, path_of_modules, rest
 from support.web import Web
 
 pytestmark = pytest.mark.timeout(60)
@@ -254,7 +257,7 @@ REFUSED = {
     "gunicorn, arguments": Refused("app:create_app('x')", 2, "write a function"),
     "uvicorn, host": Refused("app:app --host 0.0.0.0 --port 80", 2, "-b HOST:PORT"),
     "uvicorn, reload": Refused("app:app --reload", 2, "kill -HUP PID"),
-    "uvicorn, factory": Refused("--factory app:create_app", 2, "MODULE:NAME()"),
+    "uvicorn, factory": Refused("--factory app:create_app", 2, "a factory is called"),
     "uvicorn, url": Refused("app:app -b http://0.0.0.0:80", 2, "-b 0.0.0.0:80"),
     "flask run, app": Refused("--app app", 2, "prefork MODULE:NAME"),
     "flask run, debug": Refused("app --debug", 2, "--log-level debug"),
@@ -342,6 +345,49 @@ def test_dual_stack(start: Start) -> None:
     for host in ("127.0.0.1", "::1"):
         assert http(Address("tcp", host, port)) == b"done"
     program.finish()
+
+
+UNSHARE = ["unshare", "--net"]
+NAMESPACE = (
+    shutil.which("unshare") and not subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode
+)
+ASKS_BOTH = """
+import re, socket, subprocess, sys
+
+command = [sys.executable, "-m", "prefork", "app", "-b", "[::]:0", "-w", "1"]
+with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as master:
+    log = ""
+    while "pool ready" not in log:
+        log += master.stderr.readline()
+    for host in ("127.0.0.1", "::1"):
+        with socket.create_connection((host, int(re.search(r"://\\[::\\]:(\\d+)", log)[1]))) as sock:
+            sock.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+            print(sock.makefile("rb").read().endswith(b"done"))
+    master.terminate()
+    master.communicate()
+    sys.exit(master.returncode)
+"""
+
+
+@pytest.mark.skipif(not NAMESPACE or not has_ipv6(), reason="needs a network namespace of its own, and IPv6")
+def test_dual_stack_where_the_system_has_it_otherwise(tmp_path: Path) -> None:
+    """So it is on a system whose sockets of IPv6 take IPv6 alone by default."""
+    (tmp_path / "app.py").write_text(WSGI)
+    (tmp_path / "asks.py").write_text(ASKS_BOTH)
+    alone = "echo 1 > /proc/sys/net/ipv6/bindv6only && ip link set lo up || exit 77; exec "
+    words = [*UNSHARE, "sh", "-c", f"{alone} {sys.executable} asks.py"]
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env={**os.environ, **path_of_modules()},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    if done.returncode == 77:
+        pytest.skip("needs the right to change a namespace's settings")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nTrue\n", "")
 
 
 @pytest.mark.parametrize(("extra", "library", "app"), [("wsgi", "httptools", WSGI), ("asgi", "uvicorn", ASGI)])

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from prefork.servers.http import BufferedHTTPMixIn
+from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer
 from support import elapse
 from support.http_pages import SERVER, Client, serve
 from support.scripts import Start, launch, path_of_modules
@@ -374,6 +374,23 @@ def test_the_command_serves_http(start: Start, what: str) -> None:
     with ExitStack() as stack:
         assert Client(program, stack).ask("done") == "done"
     program.finish()
+
+
+def test_its_name_is_looked_up_for_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bind waits for no name server; the names of HTTPServer are there all the same, and may be set."""
+    asked: list[str] = []
+
+    def look_up(host: str) -> str:
+        asked.append(host)
+        return "here.test"
+
+    monkeypatch.setattr(socket, "getfqdn", look_up)
+    with PreforkHTTPServer(("127.0.0.1", 0), Page) as server:
+        assert not asked
+        assert (server.server_name, server.server_port) == ("here.test", server.server_address[1])
+        assert (server.server_name, asked) == ("here.test", ["127.0.0.1"])
+        server.server_name = "mine.test"
+        assert server.server_name == "mine.test"
 
 
 def test_it_is_imported_only_where_it_is_used() -> None:
