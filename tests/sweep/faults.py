@@ -112,8 +112,8 @@ NO_OTHER_WAY = {"wait4": "no exit is known that was not collected"}
 # What is not judged, since a call that strace makes fail is not carried out at all.
 NOT_CLOSED = {"close", "munmap"}  # a real close() that fails has closed: descriptors are not compared
 NOT_REMOVED = {"unlink", "unlinkat"}  # the file stays where it cannot be removed
-# For good: nobody can tell any more whose the file is, so it stays; nor can a probe say what it has claimed, where it is
-# killed before it has removed that itself.
+# For good: nobody can tell any more whose the file is, so it stays; nor can a probe say what it has claimed, where it
+# is killed before it has removed that itself.
 NOT_KNOWN = {"newfstatat", "fstat", "lstat", "recvmsg"}
 NOT_COLLECTED = {("wait4", "ECHILD"), ("waitid", "ECHILD")}  # nobody has collected it: it stays a zombie
 NOT_SAID = {"write", "writev", "sendto", "sendmsg"}  # the log is not complete
