@@ -153,7 +153,7 @@ class Roster:
                 self._stop.escalate(Stage.SETTLING)
 
     def read_slots(self, now: float) -> None:
-        """Whether orders were understood is written in the slots of those who have orders."""
+        """Whether a worker has acknowledged its order is written in its slot."""
         for member in self._pool.members.values():
             if member.state is State.RETIRING and not member.acknowledged:
                 phase = self._board.phase(member.slot)

@@ -46,35 +46,27 @@ class Spawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Retire:
-    """Ask a worker to drain and leave (again, until it says that it understood)."""
+class _ToWorker:
+    """An order about a worker that is there, with the reason that it leaves for."""
 
     pid: int
     reason: Reason = field(default=Reason.STOPPED, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Quit:
-    """Ask a worker to leave at once (again, until it says that it understood)."""
-
-    pid: int
-    reason: Reason = field(default=Reason.STOPPED, compare=False)
+class Retire(_ToWorker):
+    """Ask a worker to drain and leave (again, until it has acknowledged that)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Quit(_ToWorker):
+    """Ask a worker to leave at once (again, until it has acknowledged that)."""
+
+
+class Abort(_ToWorker):
     """Make a worker say where it hangs; `Kill` follows."""
 
-    pid: int
-    reason: Reason = field(default=Reason.GRACEFUL_TIMEOUT, compare=False)
 
-
-@dataclass(frozen=True, slots=True)
-class Kill:
+class Kill(_ToWorker):
     """SIGKILL (again, until the worker is gone)."""
-
-    pid: int
-    reason: Reason = field(default=Reason.STOPPED, compare=False)
 
 
 Order = Spawn | Retire | Quit | Abort | Kill
@@ -139,7 +131,7 @@ class Pool:
     """
 
     # Seconds:
-    SIGNAL_GAP = 0.02  # to the first repetition of an order that was not understood; doubles
+    SIGNAL_GAP = 0.02  # to the first repetition of an order that was not acknowledged; doubles
     LAST_GAP = 0.5  # and at most
     QUIT_ANSWER = 0.3  # until a worker is killed that was told to leave at once and has not acknowledged it
     BOOT_ANSWER = 0.3  # the same for a worker that was told to leave while it booted

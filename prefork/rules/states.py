@@ -2,7 +2,7 @@
 `workers` only follow them, and `docs/diagrams.py` draws them.
 
 The master's view (`State`) changes by events it saw itself. The worker's view (`Phase`) is what it writes into its slot
-of the scoreboard; the master reads it as a hint (has it understood the signal?), never as a fact it relies on.
+of the scoreboard; the master reads it as a hint (has the signal arrived?), never as a fact it relies on.
 """
 
 import enum
@@ -44,8 +44,8 @@ class Phase(enum.IntEnum):
 
     BOOTING = 0
     SERVING = 1
-    DRAINING = 2  # the order to drain was understood
-    LEAVING = 3  # the order to leave at once was understood
+    DRAINING = 2  # the order to drain has arrived
+    LEAVING = 3  # the order to leave at once has arrived
 
 
 class Rollout(enum.Enum):

@@ -209,35 +209,27 @@ def _declares(kind: type, name: str) -> type | None:
 
 if TYPE_CHECKING:
 
-    def _takes_any(
-        self: Any, server_address: Any, RequestHandlerClass: Callable[..., Any], bind_and_activate: bool = True
-    ) -> None:
+    class _PreforkServer(PreforkMixIn):
         """What may stand in the place of a handler depends on the class of workers."""
 
+        def __init__(
+            self, server_address: Any, RequestHandlerClass: Callable[..., Any], bind_and_activate: bool = True
+        ) -> None: ...
+else:
+    _PreforkServer = PreforkMixIn
 
-class PreforkTCPServer(PreforkMixIn, socketserver.TCPServer):
+
+class PreforkTCPServer(_PreforkServer, socketserver.TCPServer):
     """TCP. For IPv6 set `address_family = socket.AF_INET6`."""
 
-    if TYPE_CHECKING:
-        __init__ = _takes_any
 
-
-class PreforkUDPServer(PreforkMixIn, socketserver.UDPServer):
+class PreforkUDPServer(_PreforkServer, socketserver.UDPServer):
     """UDP: each datagram is a request."""
 
-    if TYPE_CHECKING:
-        __init__ = _takes_any
 
-
-class PreforkUnixStreamServer(PreforkMixIn, socketserver.UnixStreamServer):
+class PreforkUnixStreamServer(_PreforkServer, socketserver.UnixStreamServer):
     """Unix stream sockets; the file belongs to the server for as long as it exists."""
 
-    if TYPE_CHECKING:
-        __init__ = _takes_any
 
-
-class PreforkUnixDatagramServer(PreforkMixIn, socketserver.UnixDatagramServer):
+class PreforkUnixDatagramServer(_PreforkServer, socketserver.UnixDatagramServer):
     """Unix datagram sockets."""
-
-    if TYPE_CHECKING:
-        __init__ = _takes_any

@@ -468,7 +468,12 @@ def test_records_are_there_when_it_returns(block: bool) -> None:
     with records() as given, prefork.PreforkTCPServer(("127.0.0.1", 0), Quick) as server:
         before = len(os.listdir("/proc/self/fd"))
         server.block_on_close = block
-        stop = threading.Thread(target=lambda: (until(lambda: "pool ready" in str(given)), server.shutdown()))
+
+        def stop_when_ready() -> None:
+            until(lambda: "pool ready" in str(given))
+            server.shutdown()
+
+        stop = threading.Thread(target=stop_when_ready)
         stop.start()
         server.serve_forever()
         assert given[0].startswith("listening on tcp:") and "stopping" in given
