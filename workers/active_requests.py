@@ -128,7 +128,7 @@ class ActiveRequest:
         if count >= registry.first_check:
             registry.check(count, end)
         if self.outer is not None:
-            # An endless row of requests, each begun in the one before, would keep all of them otherwise.
+            # An endless row of requests, each begun in the request before, would keep all of them otherwise.
             self.outer = innermost(self.outer)
             if registry.missed:
                 registry.catch_up()
@@ -294,7 +294,7 @@ class ActiveRequests:
         """What the running thread, task or greenlet works on, and what that is within."""
         request = innermost(current.get())
         while request is not None:
-            if request._registry is self:  # not so where a handler of another worker has forked this one
+            if request._registry is self:  # not so where a handler of another worker has forked this worker
                 yield request
             request = innermost(request.outer)
 

@@ -29,7 +29,7 @@ class Life(Protocol):
     """The worker that the child becomes."""
 
     draining: bool
-    _board: scoreboard.Slot  # in a process that the program forked, one that nobody reads
+    _board: scoreboard.Slot  # in a process that the program forked, a slot that nobody reads
     _ready: bool  # it is ready, or was
     _stuck: bool  # a thread of it does not end
 

@@ -49,7 +49,7 @@ class Worker:
     check(server), application
         Class-level, in the master, before anything is forked: whether this class can serve what it is given.
     threads
-        How many threads serve requests, if it is not the main one alone; to be known after `setup()`.
+        How many threads serve requests, if it is not the main thread alone; to be known after `setup()`.
     setup()
         After the fork, before ready: open what each process must own. An exception is a boot failure.
     prepare_to_accept()
@@ -86,7 +86,7 @@ class Worker:
     # What a server's RequestHandlerClass is to this class, and what NAME is to the command: a handler, or (True) an
     # application.
     application = False
-    threads = 1  # that serve requests, if there are more than the main one
+    threads = 1  # that serve requests, if there are more than the main thread
     slack = 0.0
 
     def __init__(self, servers: Sequence[socketserver.BaseServer], context: WorkerContext) -> None:
@@ -138,9 +138,9 @@ class Worker:
     def expired(self) -> None:
         """A request is past its deadline. It runs in a signal handler of the main thread, and may raise.
 
-        The default raises `RequestTimeout` if the main thread works on that request, or on one within it. In a request
-        of another thread or task alone nothing can be raised. Then the stacks of all threads go into the report of this
-        worker's death, and the worker leaves and is replaced. Its other requests have their own deadlines, and
+        The default raises `RequestTimeout` if the main thread works on that request, or on a request within it. In a
+        request of another thread or task alone nothing can be raised. Then the stacks of all threads go into the report
+        of this worker's death, and the worker leaves and is replaced. Its other requests have their own deadlines, and
         `graceful_timeout`; the worker ends when only late requests are left.
         """
         requests = self._requests
@@ -226,8 +226,8 @@ class Worker:
         Parameters
         ----------
         timeout
-            Seconds; by default `request_timeout`. 0: this request has no deadline. A shorter one than `request_timeout`
-            may be noticed as late as that, and without `request_timeout` nobody looks.
+            Seconds; by default `request_timeout`. 0: this request has no deadline. A shorter time than
+            `request_timeout` may be noticed as late as that, and without `request_timeout` nobody looks.
         """
         return ActiveRequest(self._requests, peer, self._timeout if timeout is None else timeout)
 
@@ -248,7 +248,7 @@ class Worker:
         self._uplink.say(uplink.STOP)
 
     def _say_threads(self, number: int) -> None:
-        """So many threads may keep the main one from the interpreter when a signal comes: the master waits longer."""
+        """These threads may keep the main thread from the interpreter: the master waits longer for a signal."""
         self._board.ints[scoreboard.THREADS] = max(number, self._board.ints[scoreboard.THREADS])
 
     # -- signals ---------------------------------------------------------------------------------------------------

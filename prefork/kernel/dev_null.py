@@ -1,4 +1,4 @@
-"""A descriptor that leads nowhere, to be put in the place of another one."""
+"""A descriptor that leads nowhere, to be put in the place of another."""
 
 import os
 

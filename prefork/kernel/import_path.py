@@ -14,7 +14,7 @@ from types import TracebackType
 
 _STANDARD = os.path.dirname(os.__file__)
 command_path: list[str] = []  # `sys.path` as the command got it, without a directory that `python -m` puts there
-# Modules of the program with the name of a standard one, where prefork has imported the standard one beside them.
+# Modules of the program with the name of a standard module that prefork has imported beside them.
 shadowing: dict[str, object] = {}
 
 
@@ -90,7 +90,7 @@ def attribute(names: dict[str, object], modules: dict[str, str], name: str) -> o
 
 
 def _is_standard(module: object) -> bool:
-    """Whether a module with the name of a standard one is that one."""
+    """Whether a module with the name of a standard module is that module."""
     origin = getattr(getattr(module, "__spec__", None), "origin", None) or getattr(module, "__file__", None)
     if not isinstance(origin, str) or not os.path.isabs(origin):  # built in, frozen; or made by nobody's import
         return True

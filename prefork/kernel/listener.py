@@ -85,7 +85,8 @@ class Listener:
             private_fds.close([self.socket.detach()])
 
     def __del__(self) -> None:
-        # One that nobody closed must not leave its number among the private descriptors: another file will get it.
+        # A listener that nobody closed must not leave its number among the private descriptors: another file will get
+        # it.
         if hasattr(self, "socket"):
             self.close()
 

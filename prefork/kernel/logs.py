@@ -84,7 +84,7 @@ def begin() -> None:
 
 
 def end() -> None:
-    """A master is over. After the last one, handlers of the program have `LAST_DELIVERY` seconds for what is in the
+    """A master is over. After the last master, handlers of the program have `LAST_DELIVERY` seconds for what is in the
     queue."""
     global _masters
     with _lock:

@@ -79,7 +79,7 @@ class Child:
             os.kill(self.pid, signum)
 
     def reap(self) -> tuple[int | None, int | None] | None:
-        """Collect the exit if there is one: (status, peak resident bytes), or None while the process lives.
+        """Collect the exit if the process has ended: (status, peak resident bytes), or None while the process lives.
 
         The status is None where other code in this process collected it first. The memory is None where the system did
         not tell it.

@@ -13,7 +13,7 @@ Handlers can only be installed by the main thread. Elsewhere the inbox has none,
 Where faulthandler is on (PYTHONFAULTHANDLER, `-X dev`), CPython runs every handler on the small stack that faulthandler
 made for this thread. When several signals are pending at once, their frames lie one on top of the other: with AVX-512
 five of them overflow it, and the kernel ends the process with SIGSEGV. While the inbox is installed that stack is a
-large one.
+large stack.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ def _is_open(fd: int) -> bool:
 
 def free_number_of(sock: socket.socket) -> None:
     """Where a socket of the program has the number of a standard stream: give the socket another number, and the
-    former one to /dev/null. The object stays the same."""
+    former stream to /dev/null. The object stays the same."""
     fd = sock.fileno()
     if 0 <= fd <= 2:
         timeout, new = sock.gettimeout(), fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -103,7 +103,7 @@ def flush_at_exit() -> None:
 
 
 def renew(name: str) -> None:
-    """Put a new stream in the place of a standard one, if that is Python's own.
+    """Put a new stream in the place of a standard stream, if that is Python's own.
 
     For a stream whose buffer belongs to another process, or whose lock is held for ever.
     """

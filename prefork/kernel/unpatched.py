@@ -26,7 +26,7 @@ def refuse_patched(names: tuple[str, ...], what: str, mend: str) -> None:
     Raises
     ------
     OptionError
-        The program has patched one.
+        The program has patched such a module.
     """
     gevent = sys.modules.get("gevent.monkey")
     patched = [name for name in names if gevent is not None and gevent.is_module_patched(name)]

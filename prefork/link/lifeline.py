@@ -4,8 +4,8 @@ The master alone holds the write end. The worker arms the read end so that the k
 is closed, whatever the worker is doing then. On Linux that signal is SIGKILL itself (`F_SETSIG`, fcntl(2)), which also
 reaches a worker that spins in C, is stopped, or masks everything. Elsewhere it is SIGIO and a handler that leaves.
 
-A program that closes every descriptor closes this one too. So there is a second guard, which needs no descriptor:
-PR_SET_PDEATHSIG (prctl(2), Linux). It is no more than the second, because a change of the user id clears it, and
+A program that closes every descriptor closes the lifeline too. So there is a second guard, which needs no descriptor:
+PR_SET_PDEATHSIG (prctl(2), Linux). It is only the second, because a change of the user id clears it, and
 because it fires when the forking *thread* ends: only a fork by the main thread arms it.
 """
 

@@ -30,7 +30,7 @@ REQUESTS = 3
 BUSY_TIME = 4  # seconds
 INTERRUPTED = 5  # the deadline whose request was last interrupted
 PEER_PORT = 6  # 0: PEER is the whole name
-THREADS = 7  # how many of the worker may want the interpreter at once; 0 is one
+THREADS = 7  # how many of the worker may want the interpreter at once; 0 counts as 1
 HELD = 8  # connections that it keeps, where its class keeps any
 PEER = 9  # text to the end of the slot, ended by NUL
 PEER_BYTES = SIZE - PEER * 8
@@ -78,7 +78,7 @@ class Slot:
     def has_share(self, held: int, queued: int, single: bool) -> bool:
         """Whether a worker that holds `held` connections has at least its share.
 
-        Shared are the connections in the queue, and those of all workers that could take another one now, the caller
+        Shared are the connections in the queue, and those of all workers that could take another now, the caller
         among them.
 
         Parameters
@@ -101,7 +101,7 @@ class Slot:
 
 
 def host_and_port(peer: object) -> tuple[Any, int]:
-    """Host and port of a client's address; the port is 0 where there is none, or no valid one."""
+    """Host and port of a client's address; the port is 0 where there is no valid port."""
     host, port = (peer[0], peer[1]) if type(peer) is tuple and len(peer) > 1 else (peer, 0)
     return host, port if type(port) is int and 0 <= port <= 0xFFFF else 0
 

@@ -77,7 +77,7 @@ class UplinkReader:
         return messages, False
 
     def feed(self, data: bytes, messages: dict[bytes, str]) -> None:
-        """Take in bytes, in pieces of any size. Of several messages of a kind the last one counts."""
+        """Take in bytes, in pieces of any size. Of several messages of a kind the last counts."""
         data = self._rest + data
         self._rest = b""
         position = 0

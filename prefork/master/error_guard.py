@@ -55,6 +55,6 @@ class Guard:
                 log.error(text, *arguments, exc_info=error)
 
     def forgive(self) -> bool:
-        """Forget the failures up to now. Whether there was one."""
+        """Forget the failures up to now. Returns whether there was a failure."""
         failed, self.failed = self.failed, False
         return failed

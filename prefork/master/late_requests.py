@@ -1,7 +1,7 @@
 """Requests past their deadline: reads the deadlines off the scoreboard, and carries out the verdicts.
 
 `rules.deadlines` decides. With a `request_timeout` the next look is at the earliest deadline that is published, or one
-timeout from now: a request that begins later cannot be due before. Without one nobody looks.
+timeout from now: a request that begins later cannot be due before. Without a `request_timeout` nobody looks.
 """
 
 import prefork.kernel.logs as logs

@@ -74,7 +74,7 @@ class Reaper:
                 if (sweep or handle.child.ended or handle.closed_at is not None) and self._collect(handle):
                     continue
             if handle.closed_at is not None:
-                # One that closed its uplink by mistake and lives on must not keep the master awake.
+                # A worker that closed its uplink by mistake and lives on must not keep the master awake.
                 self.look_at(now + (SWEEP if now - handle.closed_at < TICK else TICK))
             elif handle.child.pidfd is None:
                 self.look_at(now + TICK)
@@ -95,7 +95,8 @@ class Reaper:
         now = time.monotonic()
         entry = self._board.read(handle.slot, now)
         self._roster.forget(handle)
-        # One that was ended by its first request has taken it: it is no crash loop, the clients set its pace.
+        # A worker that its first request has ended has taken a request: that is no crash loop, the clients set its
+        # pace.
         served = entry.requests > 0 or entry.busy_for > 0
         member = self._pool.exited(handle.child.pid, now, status=status, served=served)
         report = report_of(handle, entry, member.reason or Reason.EXITED, status, memory, now, member.why)

@@ -90,7 +90,7 @@ class Reload:
             self._inbox.watch(self._probe.fd, lambda: None)
 
     def watch(self) -> bool:
-        """Take the result of a probe that is over, or has had its time. Whether there was one, whose child now ends."""
+        """Take the result of a probe that is over, or has had its time. Returns whether a probe's child now ends."""
         probe = self._probe
         if probe is None or not probe.over():
             return False

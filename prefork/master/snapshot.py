@@ -65,7 +65,7 @@ class PoolSnapshot:
     size, ready
         The number of workers that is wanted, and the number of those that serve.
     generation, candidate
-        The generation in force, and the one that a reload tries; None: none is tried.
+        The generation in force, and the generation that a reload tries; None: none is tried.
     slot_backoffs, system_backoff
         Of the slots whose workers fail, by slot; and of forks that the system refuses.
     boot_failed
@@ -90,7 +90,7 @@ class PoolSnapshot:
 
 
 def snapshot(now: float, pool: Pool, board: Scoreboard, stage: Stage, last_exits: Iterable[WorkerExit]) -> PoolSnapshot:
-    """Make one. `stage` is the stop's own: the pool has no part in the first one."""
+    """Make a snapshot. `stage` is the stop's own: the pool has no part in the first stage."""
     members = sorted(pool.members.values(), key=lambda member: member.slot)
     return PoolSnapshot(
         size=pool.size,

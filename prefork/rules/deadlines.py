@@ -36,7 +36,7 @@ class Deadlines:
     """Judges requests by the deadlines that the workers publish.
 
     A request past its deadline is interrupted. A worker that does not notice within `GRACE` (it is inside a C call, or
-    stopped) is condemned; one that did notice has `CLEANUP` for its `finally` blocks.
+    stopped) is condemned; a worker that did notice has `CLEANUP` for its `finally` blocks.
     """
 
     GRACE = 0.15  # seconds

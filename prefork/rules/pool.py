@@ -142,7 +142,7 @@ class Pool:
 
     def __init__(self, options: Options, rng: random.Random) -> None:
         self.size = options.workers
-        self.generation = 1  # the last good one, or the first
+        self.generation = 1  # the last proven generation, or the first
         self.candidate: int | None = None  # the generation that a reload tries
         self.stage = Stage.SERVING
         self.members: dict[int, Member] = {}
@@ -151,7 +151,7 @@ class Pool:
         self._newest = 1
         self._options = {1: options}
         self._resized = False  # by an order, which counts more than the settings of a generation
-        self._remembered: Options | None = None  # of the reload that is to follow the one under way
+        self._remembered: Options | None = None  # of the reload that is to follow the present reload
         self.rollout = Rollout.NONE
         self._ever_ready = False
         self._announced = False
@@ -183,7 +183,7 @@ class Pool:
 
     @property
     def request_timeout(self) -> float | None:
-        """The shortest that any worker has, in seconds; None: no worker has one."""
+        """The shortest of all workers, in seconds; None: no worker has a limit."""
         limits = (m.options.request_timeout for m in self.members.values())
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -201,7 +201,7 @@ class Pool:
         """Whether the first generation is over before any of its workers was ready: each had its try, all failed."""
         if self._ever_ready or self.members or self.candidate is not None or not self.slot_backoffs:
             return False
-        return next(self._wanted_spawns(), None) is None  # one that the system refused to fork has not had its try
+        return next(self._wanted_spawns(), None) is None  # a worker that the system refused to fork has not had its try
 
     @property
     def done(self) -> bool:
@@ -209,7 +209,7 @@ class Pool:
 
     def last_call(self) -> Spawn | None:
         """The order for one more worker, for a graceful stop in which none is left to empty the queue; None: no worker
-        was ever ready, so this one would not be either."""
+        was ever ready, so this worker would not be either."""
         if self.stage is Stage.DRAINING and not self.members and self._ever_ready:
             return Spawn(0, self.generation)
         return None
@@ -223,7 +223,7 @@ class Pool:
         options = self._options[order.generation]
         member = Member(order.slot, pid, order.generation, options, now, now + options.boot_timeout)
         self.members[pid] = member
-        # Of several forks at once some may be refused: one that succeeds does not undo that.
+        # Of several forks at once some may be refused: a fork that succeeds does not undo that.
         if now >= self.system_backoff.until:
             self.system_backoff.reset()
         return member
@@ -324,10 +324,10 @@ class Pool:
         self.size, self._resized = min(max(1, size), MAX_WORKERS), True
 
     def reload(self, options: Options | None = None) -> None:
-        """Begin the next generation; while one is under way, remember to begin once more.
+        """Begin the next generation; during a reload, remember to begin once more.
 
         options
-            Of the new generation; by default those of the last good one.
+            Of the new generation; by default those of the last proven generation.
         """
         if self.stage is not Stage.SERVING:
             return
@@ -343,7 +343,7 @@ class Pool:
         self._remembered = None
 
     def stop(self, stage: Stage, now: float) -> None:
-        """Ask for a size of zero: DRAINING or a harder stage. A harder one replaces a softer one, never the other way.
+        """Ask for a size of zero: DRAINING or a harder stage. A harder stage replaces a softer one, not the reverse.
 
         SETTLING does not come here: in it the workers are not asked for anything yet.
         """

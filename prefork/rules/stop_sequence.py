@@ -72,7 +72,7 @@ class StopSequence:
         return self.stage is not Stage.SERVING
 
     def rise(self, stage: Stage, now: float, *, handshakes: bool) -> bool:
-        """Go on to a harder stage. Whether it is harder than the present one.
+        """Go on to a harder stage. Returns whether it is harder than the present stage.
 
         Parameters
         ----------

@@ -77,7 +77,7 @@ class BufferedHTTPMixIn(_Handler):
 
     write_limit = 65536  # bytes that are held back at most
     skip_limit = 65536  # bytes of a request's body that a handler may leave unread without losing the connection
-    turn = 0.1  # seconds for which a connection may keep a worker while others wait for one
+    turn = 0.1  # seconds for which a connection may keep a worker while others wait for a worker
     parting = 0.05
     linger = 1.0  # seconds at most that a client with its reply has to send the rest of its request
     most_requests = 1000  # on one connection, so that a worker reaches its own limits
@@ -91,7 +91,7 @@ class BufferedHTTPMixIn(_Handler):
         size = io.DEFAULT_BUFFER_SIZE if self.rbufsize < 0 else self.rbufsize
         self._reader = io.BufferedReader(self._wire, size) if size else None
         self.rfile = self._reader or self._wire  # type: ignore[assignment]  # raw for those who hand it to a child
-        self._known_end = self._final = True  # of the reply: whether the client knows where it ends, and that it is one
+        self._known_end = self._final = True  # of the reply: whether the client knows its end, and that it is a reply
         self._body: int | None = 0  # bytes that follow the request's head; None: unknown
         self._unread = False  # a part of it still comes
         self._begun = 0  # where they begin, in what was received

@@ -116,7 +116,7 @@ class Wire(io.RawIOBase):
         return bool(poll.poll(0))
 
     def _wait_for_request(self) -> bool:
-        """Wait for the next request of an idle connection; False: the connection ends without one."""
+        """Wait for the next request of an idle connection; False: the connection ends without a request."""
         if self._pending is not None and self._pending():  # TLS has received more than it gave
             return True
         if self._poll is None:

@@ -149,7 +149,7 @@ def pool_of(server: Any) -> "ServerPool":
 
 
 class ServerPool:
-    """Joins servers with a master, while there is one, and keeps socketserver's rules about `shutdown()`."""
+    """Joins servers with a master, while a master runs, and keeps socketserver's rules about `shutdown()`."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -167,7 +167,7 @@ class ServerPool:
         return (master.pids if master else set()) | self.singles.pids
 
     def order(self, give: Callable[[loop.Master], None]) -> None:
-        """Give an order to the master, if there is one."""
+        """Give an order to the master, if a master runs."""
         with self._lock:
             if self._master is not None:
                 give(self._master)

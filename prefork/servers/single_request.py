@@ -36,7 +36,7 @@ class SingleWorkers:
 
     def __init__(self) -> None:
         self._handles: list[worker_handle.WorkerHandle] = []
-        self._graceful_timeout = 0.0  # of the last one, in seconds
+        self._graceful_timeout = 0.0  # of the last worker, in seconds
         self._board: scoreboard.Scoreboard | None = None
 
     def __bool__(self) -> bool:

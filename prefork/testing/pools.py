@@ -1,4 +1,4 @@
-"""For test suites of programs that serve from a pool: one that runs in a process of its own, and can be harmed.
+"""For test suites of programs that serve from a pool: the pool runs in a process of its own, and can be harmed.
 
     with testing.pool(Server, Handler, workers=2) as pool:
         with pool.connect() as client:

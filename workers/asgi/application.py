@@ -95,7 +95,7 @@ class ASGIApplication:
     given
         Arguments of `uvicorn.Config` beside those that follow from the options.
     accesses
-        The file of the access log, if there is one.
+        The file of the access log; None: there is no access log.
     """
 
     def __init__(

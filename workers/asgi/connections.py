@@ -1,4 +1,4 @@
-"""The connections of a worker, and what is known of one from outside.
+"""The connections of a worker, and what is known of each from outside.
 
 A connection is one of uvicorn's protocols. What it is doing follows from its attributes; all that this package knows of
 these attributes is here and in `protocols`.

@@ -1,8 +1,8 @@
 """The lifespan of an ASGI application: its own start and its own end.
 
 An application without a lifespan raises when it sees the scope, and is served all the same, as the specification
-demands. One that has taken the order to start and then raises has failed to start: an old generation is worth more than
-a new one without its database. (uvicorn serves such an application.)
+demands. An application that has taken the order to start and then raises has failed to start: an old generation is
+worth more than a new one without its database. (uvicorn serves such an application.)
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class Lifespan:
         await asyncio.wait([self._task], timeout=END_TIMEOUT)
 
     async def _order(self, name: str) -> BaseException | None:
-        """Give an order and wait for the answer. Returns the failure, if the answer is one."""
+        """Give an order and wait for the answer. Returns the failure, if there was a failure."""
         assert self._task is not None
         self._answer = asyncio.get_running_loop().create_future()
         self._orders.put_nowait({"type": f"lifespan.{name}"})

@@ -1,7 +1,7 @@
 """The shipped worker for ASGI applications: uvicorn's protocols in an event loop of the worker's own.
 
-A lifespan starts before the worker is ready. So one that fails is a boot failure, and the old generation serves on. It
-ends when no request is in progress any more.
+A lifespan starts before the worker is ready. So a lifespan that fails is a boot failure, and the old generation serves
+on. It ends when no request is in progress any more.
 
 A worker that leaves closes no connection on which a request may be on its way. Replies say that they are the last, and
 an idle connection is closed when it has been silent for `linger` seconds and nothing has arrived.
@@ -128,7 +128,7 @@ class ASGIWorker(LoopWorker):
         return len(self._connections) + self._opening
 
     def _take(self, fd: int) -> bool:
-        """Take a connection from a listener. Returns whether there was one."""
+        """Take a connection from a listener. Returns whether there was a connection."""
         taken = self.acceptor.try_take(fd)
         if taken is None:
             return False

@@ -64,7 +64,7 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
 
 
 class AsyncDatagramRequestHandler(AsyncRequestHandler):
-    """For datagrams: `packet` is the one that came, `await self.reply(data)` answers it."""
+    """For datagrams: `packet` is the datagram that came, `await self.reply(data)` answers it."""
 
     packet: bytes
     socket: socket.socket

@@ -38,8 +38,8 @@ class ListenerGate:
     loop
         asyncio's own, uvloop's, or any that has `add_reader()`.
     take
-        Called in the loop with the descriptor of a listener that is readable: take one there, by `try_take()` and with
-        its errors. Returns whether there was one.
+        Called in the loop with the descriptor of a listener that is readable: take a connection, by `try_take()` and
+        with its errors. Returns whether there was a connection.
     held
         How many connections this worker has. Where they have become fewer: `freed()`.
     limit

@@ -203,7 +203,7 @@ class Filter:
                 if accepted is None and len(self._waiting.by_fd) > self._waiting.limit:
                     return self._make_room()  # not before: for this connection no other worker was woken
             elif len(self._listeners) > 1:
-                # The faster sibling was perhaps woken for another listener, and no other will be for that one.
+                # The faster sibling was perhaps woken for another listener, and no other will be for that listener.
                 acceptor.look_again(self._epoll)
         except OSError as error:
             if error.errno in RESOURCE_ERRORS:

@@ -56,7 +56,7 @@ class SyncWorker(Worker):
         inet = has_plain_peers(server)
         over, timeout, limit = self.acceptor.over, self._timeout, self._first_check
         count, total, last_host = 0, 0.0, ""
-        try:  # around the loop: one within it has the interpreter jump over its `except` at each turn
+        try:  # around the loop: a `try` within it has the interpreter jump over its `except` at each turn
             while True:
                 try:
                     request, peer = take()
@@ -101,7 +101,7 @@ class SyncWorker(Worker):
         if requests.fast_path_request.thread:
             requests.fast_path_request.end()
         else:
-            requests.show_again()  # not the client of this one, which was stored already
+            requests.show_again()  # not the client of this request, which was stored already
             self.serve_request(server, request, peer)
         return True
 

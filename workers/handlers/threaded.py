@@ -4,7 +4,7 @@ The threads accept by turns: one of them is in `accept()`, and gives the turn to
 something. Nothing is handed over, so a request costs 0.7 of what it costs with a thread that accepts and a queue. A
 worker whose threads are all busy does not accept, and the kernel asks its siblings. With all free threads in `accept()`
 a request would cost 0.95 of what it costs now. But the kernel asks waiters in the order in which they came: a worker
-with 16 waiting threads would get 16 connections in a row, or nearly all of them beside one that has started fewer.
+with 16 waiting threads would get 16 connections in a row, or nearly all of them beside a worker that has started fewer.
 
 Where a handler class can tell whether a request is there, threads take from a filter. Connections wait in it for their
 requests and hold no thread.
@@ -36,8 +36,8 @@ class ThreadWorker(Worker):
     The methods of the server are called by several threads, as `ThreadingMixIn` calls `finish_request()`; here
     `verify_request()` and `process_request()` too. `get_request()` is called by one thread at a time.
 
-    A request in a thread cannot be interrupted. Where one is past its deadline the worker is replaced at once; its
-    other requests finish, and then it ends.
+    A request in a thread cannot be interrupted. Where a request is past its deadline the worker is replaced at once;
+    its other requests finish, and then it ends.
     """
 
     THREADS = 16  # where the setting `threads` is None

@@ -11,11 +11,11 @@ EAGAIN once its queue is empty.
 
 Several listeners, or a loop that waits for other things too: the listeners are non-blocking, and each worker has an
 epoll of its own with EPOLLEXCLUSIVE, about 1.5 us dearer a request. The kernel asks exclusive waiters in the order in
-which they came and stops at the first that waits; one that never moved would get everything (Jain's index 0.02). So a
-worker that took something goes to the end of that line: it takes the listener out of its epoll and puts it back.
+which they came and stops at the first that waits; a worker that never moved would get everything (Jain's index 0.02).
+So a worker that took something goes to the end of that line: it takes the listener out of its epoll and puts it back.
 
 Listeners are taken from in the order in which an epoll reports them. For the first, the kernel has woken this worker
-and no other. For the others, which became readable before this worker ran, it has woken another one as well. In the
+and no other. For the others, which became readable before this worker ran, it has woken another worker as well. In the
 opposite order that other worker finds nothing and sleeps again, and the first connection waits for as long as this
 worker is busy.
 """

@@ -33,7 +33,7 @@ class Advice(enum.Enum):
 
 
 class SlotOwner(Protocol):
-    """It knows this worker's slot of the scoreboard. In a process that the program forks that is another one."""
+    """It knows this worker's slot of the scoreboard. In a process that the program forks it is another slot."""
 
     board: scoreboard.Slot
 

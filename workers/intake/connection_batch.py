@@ -20,10 +20,10 @@ class Batch:
         self.ends_soon = False
         self.taken = 0
         self.held = 0
-        self._began_at, self._taken_before = 0.0, 0  # of the last batch; `taken` of the one before it
+        self._began_at, self._taken_before = 0.0, 0  # of the last batch; `taken` of the batch before it
 
     def begin(self, now: float, held: int) -> None:
-        """A new one, of a worker that holds `held` connections.
+        """A new batch, of a worker that holds `held` connections.
 
         Connections end soon if at least as many have ended since the last batch, a moment ago, as the batch before it
         took; and one at least.

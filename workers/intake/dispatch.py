@@ -82,7 +82,7 @@ def is_stock(server: Any, methods: Mapping[str, Any]) -> bool:
 
 
 def verifier(server: Any) -> Callable[[Any, Any], bool] | None:
-    """The server's `verify_request()`; None where it is the stock one, which lets everybody in."""
+    """The server's `verify_request()`; None where it is socketserver's own, which lets everybody in."""
     if is_stock(server, {"verify_request": socketserver.BaseServer.verify_request}):
         return None
     verify: Callable[[Any, Any], bool] = server.verify_request

@@ -1,4 +1,4 @@
-"""The table of connections that wait: for a request, for the rest of one, or for their client's end.
+"""The table of connections that wait: for a request, for the rest of a request, or for their client's end.
 
 While it waits a connection occupies no thread. It has a phase, and a deadline that follows from the phase. The table
 knows nothing of workers and protocols: it says who is late, who idles longest, and whether there is room.
@@ -61,7 +61,7 @@ class WaitingConnections(Generic[C]):
 
     def __init__(self, limit: int, patience: dict[WaitPhase, float], shared: bool = False) -> None:
         self.limit, self.patience, self._shared = limit, patience, shared
-        self.by_fd: dict[int, C] = {}  # a plain one, for which the interpreter has faster instructions
+        self.by_fd: dict[int, C] = {}  # a plain dict, for which the interpreter has faster instructions
         self._lock = threading.Lock()  # against an owner that looks at a connection which is just given back or closed
 
     def open(self, epoll: "select.epoll", removed: Callable[[int], object] | None = None, events: int = 0) -> None:
@@ -70,7 +70,7 @@ class WaitingConnections(Generic[C]):
         Parameters
         ----------
         removed
-            Is called with the number of connections that are left, after one was removed.
+            Is called with the number of connections that are left, after a removal.
         events
             The epoll's flags, by default those of input.
         """

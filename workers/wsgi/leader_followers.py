@@ -8,17 +8,17 @@ A connection
     Waits, and belongs to the leader. Or it is `in_service`: a request of it is ready, and it belongs to the thread that
     serves it, until that thread gives it back or closes it.
 A follower
-    Is a thread without a request, and waits to be promoted. The one that became free last is promoted first.
+    Is a thread without a request, and waits to be promoted. The follower that became free last is promoted first.
 The main thread
     Is free for signals. It serves nothing, and makes sure that there is a leader.
 
 Some thread must lead while the leader serves. Usually it promotes a follower before it begins: this costs two switches,
 and no client waits for it. Where nearly all requests are short it keeps the lead instead, so that a request costs
 hardly more than in a worker of one thread; `policy.Lead` has the rules. Then the main thread looks every 2 ms: if no
-request has begun since its last look, one is long, and it promotes a follower. So other clients wait for twice as long
-at most. (If all threads waited in the epoll, the kernel would wake them for each request that comes while another one
-is served, and they would fight for the interpreter.) Where there is no follower the worker accepts and reads nothing,
-and the kernel asks its siblings; the main thread looks at deadlines then.
+request has begun since its last look, a request is long, and it promotes a follower. So other clients wait for twice as
+long at most. (If all threads waited in the epoll, the kernel would wake them for each request that comes while another
+one is served, and they would fight for the interpreter.) Where there is no follower the worker accepts and reads
+nothing, and the kernel asks its siblings; the main thread looks at deadlines then.
 
 When the worker leaves, the main thread leads until the end, and promotes followers for requests that are ready.
 
@@ -171,7 +171,7 @@ class LeaderFollowers:
             self.wake()
 
     def _promote(self) -> bool:
-        """Wake a follower. Returns whether there was one."""
+        """Wake a follower. Returns whether there was a follower."""
         try:
             self._followers.pop().release()
         except IndexError:

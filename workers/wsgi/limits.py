@@ -25,14 +25,14 @@ class Limits:
     MAX_LINE = 8190  # the target of a request line: 414
     MAX_HEAD = 65536  # everything before the body, checked after each read: 431
     MAX_FIELDS = 100  # header lines: 431
-    READ_AHEAD = 65536  # a body up to this is complete before the application is called, a longer one is streamed
+    READ_AHEAD = 65536  # a body up to this is complete before the application is called, a longer body is streamed
     HEAD_TIMEOUT = 10.0  # from the connection, or the first byte of a later request, to the end of its head: 408
-    BODY_TIMEOUT = 30.0  # for a body that is read ahead; of a longer one, without a byte: 408
+    BODY_TIMEOUT = 30.0  # for a body that is read ahead; of a longer body, without a byte: 408
     SEND_TIMEOUT = 30.0  # without the client taking a byte of the answer: the connection is given up
     LINGER = 2.0  # for input after the last byte of the answer
     MAX_KEPT = 10_000  # requests on one connection
     TICK = 0.5  # between two checks of the deadlines
-    LAST_WORD = 0.5  # for which a leaving worker expects another request from a client, since the last one
+    LAST_WORD = 0.5  # for which a leaving worker expects another request from a client, since the last request
     FIRST_WORD = 2.0  # the same for a first request, since the connection
 
 

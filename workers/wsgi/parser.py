@@ -30,7 +30,7 @@ _TELLING = ("CONTENT_LENGTH", "HTTP_EXPECT", "HTTP_TRANSFER_ENCODING", "HTTP_UPG
 _SLASH = ord("/")
 # The methods that may have the target `*`: RFC 9112, 3.2.4, and UPnP's device architecture.
 _SERVER_WIDE = ("OPTIONS", "M-SEARCH", "NOTIFY")
-# A first line, or the beginning of one.
+# A first line, or its beginning.
 _FIRST_LINE = re.compile(
     rb"(?:\A|\n)(([!#$%&'*+.^_`|~0-9A-Za-z-]+)"
     rb"(?: [^ \r\n]+ HTTP/1\.[01](?=\r)| [^ \r\n]*(?: [HTP/1.0]{0,8})?\Z|\Z))"
@@ -42,7 +42,7 @@ class Connection:
     """One client, and the callbacks of its parser.
 
     requests
-        The exchanges that nobody answers yet, in order. Only the last one that was made can be incomplete.
+        The exchanges that nobody answers yet, in order. Only the last can be incomplete.
     fault, reason, line
         The status that is due after the requests, when the bytes that followed could not be understood: then nothing
         more is read. Then also what was wrong, and the request's first line as far as it is known, as the client has
@@ -71,7 +71,7 @@ class Connection:
         self.deadline = 0.0
         self.broken = self.parked = self.in_service = self._replaying = self._switches = self._tells = False
         self.environ: dict[str, Any] | None = None
-        self._incomplete: Any = None  # the request whose body has come in part, if there is one
+        self._incomplete: Any = None  # the request whose body has come in part; None: there is no such request
         self.host, self.port = host_and_port(peer)
         self._port_text = str(peer[1]) if type(peer) is tuple and len(peer) > 1 else ""
         self._parser = httptools.HttpRequestParser(self)
@@ -343,7 +343,7 @@ def _shown(text: str) -> str:
 
 
 def _learn(name: bytes) -> str:
-    """The key of a header, remembered. "" for a name with an underscore: it would pass for one with a hyphen."""
+    """The key of a header, remembered. "" for a name with an underscore: it would pass for a name with a hyphen."""
     if b"_" in name:
         return ""
     key = name.decode("latin-1").upper().replace("-", "_")

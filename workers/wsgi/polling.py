@@ -1,7 +1,7 @@
 """The loop of a WSGI worker: one epoll waits for the listeners and for all connections without a complete request.
 
-So neither a client that idles between two requests nor a slow one occupies the worker. A connection with a request is
-served at once: in the main thread (`threads` = 1, where `RequestTimeout` can interrupt it), or in one of several, of
+So neither a client that idles between two requests nor a slow client occupies the worker. A connection with a request
+is served at once: in the main thread (`threads` = 1, where `RequestTimeout` can interrupt it), or in one of several, of
 which one leads and waits in the epoll (`leader_followers` has the rules).
 
 The way of a request leads downward: `turn` waits, the connection's parser is fed, the worker's `serve` answers and

@@ -212,7 +212,7 @@ class Exchange:
         return self.keep and self.complete and client.served < listener.keep and not listener.worker.draining
 
     def _send_whole(self, parts: list[bytes] | tuple[bytes, ...]) -> None:
-        """Send a body that is complete: its length is known, and a small one leaves in one send with the head."""
+        """Send a body that is complete: its length is known, and a small body leaves in one send with the head."""
         for part in parts:
             _check_bytes(part)
         size = sum(map(len, parts))
@@ -372,7 +372,7 @@ class Exchange:
 def make_exchange(
     client: Client, environ: dict[str, Any], method: str, target: bytes, keep: bool, http11: bool
 ) -> Exchange:
-    """For a head that is complete: a request without a body. Where the head tells of one the parser changes that."""
+    """For a head that is complete: a request without a body. Where the head tells of a body the parser changes that."""
     exchange = Exchange()
     exchange._client = client
     exchange.environ = environ
