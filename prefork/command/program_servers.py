@@ -5,6 +5,7 @@ address, and a class of workers that was typed (`-k`) overrules. This runs in ch
 that tries the program, and again in each worker.
 """
 
+import inspect
 import socket
 import socketserver
 import sys
@@ -47,7 +48,7 @@ class ServedProgram:
     @property
     def speaks_http(self) -> bool:
         """Whether a browser can open its addresses."""
-        if worker_class.is_web(self.worker_class):
+        if worker_class.protocol(self.worker_class):
             return True
         module = sys.modules.get("http.server")  # where it was never imported nothing is of it
         if module is None:
@@ -108,7 +109,7 @@ def _kind(named: Any, given: type[Worker] | None) -> ProgramKind:
         return kind
     # The application of a class of the user's own may be anything that can be called. To ours, what takes one argument
     # may be one.
-    is_open = kind is ProgramKind.ADDRESS_FACTORY if worker_class.is_web(given) else kind is not ProgramKind.NOTHING
+    is_open = kind is ProgramKind.ADDRESS_FACTORY if worker_class.protocol(given) else kind is not ProgramKind.NOTHING
     return ProgramKind.UNKNOWN if is_open else kind
 
 
@@ -136,10 +137,11 @@ def _refuse(name: str, named: Any, kind: ProgramKind, given: type[Worker] | None
             raise ProgramError(f"{name} is a module; type prefork {named.__name__}, or {named.__name__}:NAME")
         raise ProgramError(f"{name} is {_shown(named)}: no application, no handler class, no server and no factory")
     if kind is ProgramKind.UNKNOWN and (given is None or not given.application):
-        raise OptionError(
-            f"{name} is {shape(named)}, and prefork cannot tell what it serves; type -k wsgi or -k asgi for an "
-            "application, or name a handler class"
-        )
+        seen = shape(named)
+        mend = "type -k wsgi or -k asgi for an application, or name a handler class"
+        if seen.startswith("a coroutine"):
+            mend = "an ASGI application takes (scope, receive, send), and a factory is a plain function"
+        raise OptionError(f"{name} is {seen}, and prefork cannot tell what it serves; {mend}")
     if kind is ProgramKind.ASGI_2 and given is None:
         raise OptionError(
             f"{name} is {shape(named)}, {kind.value}; make it async (scope, receive, send), or type -k asgi"
@@ -147,7 +149,8 @@ def _refuse(name: str, named: Any, kind: ProgramKind, given: type[Worker] | None
     if given is None:
         return
     typed = worker_class.name_of(given)
-    if kind.is_application and not given.application:
+    is_other = kind is ProgramKind.ASGI and worker_class.protocol(given) == "wsgi"  # none of it can be called as WSGI
+    if is_other or (kind.is_application and not given.application):
         raise OptionError(
             f"{name} is {kind.value}, which the worker class {typed} does not serve; leave -k out, or type "
             f"-k {kind.worker_class}"
@@ -240,6 +243,15 @@ def _servers_of_class(kind: type[Any], addresses: BindAddresses) -> list[Any]:
         raise OptionError(f"{kind.__name__} serves Unix sockets; add -b unix:/run/name.sock")
     handler = getattr(kind, "RequestHandlerClass", None)
     needed = addresses.of_kind(getattr(kind, "socket_type", socket.SOCK_STREAM))
+    try:
+        inspect.signature(kind).bind(*([None] if handler is None else [None, handler]))
+    except TypeError as error:
+        mend = (
+            "set RequestHandlerClass in it, or name the handler class" if handler is None else "take (address, handler)"
+        )
+        raise OptionError(f"{kind.__name__} cannot be made for an address: {error}; {mend}") from None
+    except ValueError:
+        pass  # it tells nothing about its parameters
     return [_make_server(kind, address, handler) for address in needed]
 
 

@@ -20,7 +20,7 @@ class ProgramKind(enum.Enum):
     SERVER = "a server"
     ADDRESS_FACTORY = "a factory of servers that takes an address"
     OPTIONAL_ADDRESS_FACTORY = "a factory of servers that can take an address"
-    FACTORY = "a factory"  # called with nothing; its result is judged
+    FACTORY = "a factory of servers"  # or of anything else: it is called with nothing, and its result is judged
     WSGI = "a WSGI application"
     ASGI = "an ASGI application"
     ASGI_2 = "an application of the old ASGI 2"

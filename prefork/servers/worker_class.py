@@ -70,10 +70,11 @@ def name_of(kind: type[Worker]) -> str:
     return next(short, f"{kind.__module__}:{kind.__qualname__}")
 
 
-def is_web(kind: type[Worker]) -> bool:
-    """Whether a class serves WSGI or ASGI applications: it is one of ours for these, or a subclass."""
-    rooms = ("prefork.workers.wsgi.", "prefork.workers.asgi.")
-    return any(base.__module__.startswith(rooms) for base in kind.__mro__)
+def protocol(kind: type[Worker]) -> str:
+    """What a class serves that is one of ours for applications, or a subclass: "wsgi" or "asgi"; "": another class."""
+    rooms = ("wsgi", "asgi")
+    modules = [base.__module__ for base in kind.__mro__]
+    return next((room for room in rooms if any(name.startswith(f"prefork.workers.{room}.") for name in modules)), "")
 
 
 def make_worker(kind: type[W], servers: Sequence[Any], context: WorkerContext) -> W:

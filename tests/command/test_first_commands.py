@@ -214,6 +214,10 @@ WORKS = {
     "socketserver, a factory": Row(
         SERVER_FACTORY, "app:make", stream, "app:make is a factory of servers that takes an address; worker class sync"
     ),
+    "socketserver, a factory of several": Row(
+        SERVER_FACTORY + "\ndef both():\n    return [make(('127.0.0.1', 0)), make(('127.0.0.1', 0))]\n", "app:both",
+        stream, "app:both is a factory of servers; worker class sync",
+    ),
     "asyncio, a handler": Row(
         ASYNC_HANDLER, "app:Handler", stream, "app:Handler is an asynchronous handler class; worker class asyncio"
     ),
@@ -275,6 +279,12 @@ REFUSED = {
     "a script": Refused("app", 4, "type prefork app:Lines", HTTP_HANDLER.replace("class Handler", "class Lines")),
     "a script that serves": Refused(
         "app --boot-timeout 0.5", 4, "__main__", "import threading\nthreading.Event().wait()\n"
+    ),
+    "asgi for wsgi": Refused("app:app -k wsgi", 2, "leave -k out, or type -k asgi", ASGI),
+    "wsgi for asgi": Refused("app:app -k asgi", 2, "worker_class wsgi"),
+    "a coroutine": Refused("app", 2, "a factory is a plain function", "async def create_app(): ...\n"),
+    "a server class without a handler": Refused(
+        "http.server:ThreadingHTTPServer", 2, "RequestHandlerClass in it, or name the handler class"
     ),
     "another server": Refused("app:Handler", 4, "is not the only server", SERVER),
     "a factory of one argument": Refused("app", 4, "takes nothing", "def create_app(name):\n    return name.title()\n"),

@@ -39,11 +39,15 @@ class Lifespan:
             "asgi": {"version": self._config.asgi_version, "spec_version": "2.0"},
             "state": self.state,
         }
-        self._task = asyncio.ensure_future(self._app(scope, self._receive, self._send))
+        self._task = asyncio.ensure_future(self._run(scope))
         if failure := await self._order("startup"):
             raise failure
         if self._task.done():
             self._task = None  # the application has no lifespan
+
+    async def _run(self, scope: MutableMapping[str, Any]) -> None:
+        # What the call itself raises counts, too: an application may be a class, or a function that is not async.
+        await self._app(scope, self._receive, self._send)
 
     async def stop(self) -> None:
         """Logs what the application's end has raised."""

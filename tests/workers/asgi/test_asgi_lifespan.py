@@ -97,6 +97,26 @@ def test_without_a_lifespan(start: Start, body: str) -> None:
     program.finish()
 
 
+def test_a_class_without_a_lifespan(start: Start) -> None:
+    """An application that refuses the lifespan in the call itself, and not when it is awaited, has none."""
+    app = """
+class app:
+    def __init__(self, scope, receive, send):
+        assert scope["type"] == "http"
+        self.send = send
+
+    def __await__(self):
+        return self.answer().__await__()
+
+    async def answer(self):
+        await self.send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await self.send({"type": "http.response.body", "body": b"done"})
+"""
+    program = serve(start, "-w", 1, text=app)
+    assert get(program, "/") == "done"
+    program.finish()
+
+
 def test_a_broken_end(start: Start) -> None:
     """A lifespan that fails to end is shown, and the worker leaves all the same."""
     text = APP.replace('note(f"shutdown {os.getpid()}")', 'raise ValueError("ordered trouble")')
