@@ -231,5 +231,5 @@ def test_the_command_refuses_what_is_no_application(start: Start) -> None:
         "prefork", "app:number", "--worker-class", "asgi", "-b", TCP, files={"app.py": "number = 7"},
     )  # fmt: skip
     assert program.wait_exit(20).code == 4
-    assert "app:number is 7, which is no application" in program.log
+    assert "app:number is 7: no application" in program.log
     program.finish(code=4, allow=["prefork: error: .*"])
