@@ -13,6 +13,9 @@ calls them in turn; none of them calls it back, and each uses only those before 
 - `reaper`: deaths, up to their line in the log;
 - `late_requests`: requests past their deadline;
 - `reload`: the probe of the program, up to the new generation.
+
+Operators may ask by a control socket (`prefork.operations`), which `attach()` joins to the loop: the master knows it as
+a descriptor that is readable, and a time.
 """
 
 import collections
@@ -20,7 +23,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol, TypedDict
 
 import prefork.kernel.log_rotation as log_rotation
@@ -42,6 +45,7 @@ from prefork.master.roster import Roster
 from prefork.master.snapshot import PoolSnapshot, snapshot
 from prefork.master.stop import Stop
 from prefork.master.worker_handle import Start
+from prefork.rules.reload_history import Ticket
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import WorkerExit
 from prefork.settings.settings import MAX_WORKERS, Options
@@ -70,6 +74,19 @@ class MasterOptions(TypedDict, total=False):
     collect: Callable[[], float | None]
     use_pidfd: bool
     adopts: bool
+
+
+class Control(Protocol):
+    """A control socket. It calls methods of the master, in the loop's thread, and never waits."""
+
+    fd: int  # readable when there is something to do
+
+    @property
+    def due(self) -> float | None:
+        """When there is something to do although nothing is readable; None: never."""
+
+    def serve(self) -> None:
+        """Do what there is to do."""
 
 
 class Master:
@@ -124,12 +141,13 @@ class Master:
         self._judge = Judge(self.pool, self.board, roster)
         self._reload = Reload(self.pool, roster, stop, self._inbox, probe, settings)
         self._attention = pacing.Attention()
-        self._asked: collections.deque[Callable[[], None]] = collections.deque()  # by other threads
+        self._asked: collections.deque[Callable[[], object]] = collections.deque()  # by other threads
         self._detach = False  # `run()` returns as soon as the stop has reached every worker
         self._turned_at = 0.0
         self._began = time.monotonic()
         self._poll_interval: float | None = None
         self._poll_at = 0.0
+        self._control: Control | None = None
 
     # -- for any thread --------------------------------------------------------------------------------------------
 
@@ -143,7 +161,7 @@ class Master:
 
     def scale(self, size: int) -> None:
         """Change the number of workers."""
-        self._ask(lambda: self._resize(size))
+        self._ask(lambda: self.resize(size))
 
     def stop(self, stage: Stage = Stage.SETTLING, *, detach: bool = False) -> None:
         """Stop the pool: gracefully, or as hard as `stage` says. `run()` returns when it is over or, with `detach`, as
@@ -151,7 +169,7 @@ class Master:
         self._detach = detach
         self._ask(lambda: self._stop.escalate(stage))
 
-    def _ask(self, order: Callable[[], None]) -> None:
+    def _ask(self, order: Callable[[], object]) -> None:
         self._asked.append(order)
         self._inbox.wake()
 
@@ -197,9 +215,53 @@ class Master:
             listener.close()
         self._inbox.close()
 
-    def snapshot(self, now: float) -> PoolSnapshot:
-        """The pool as it is. To be called in the loop's thread: by a hook of the program, or a step of the loop."""
-        return snapshot(now, self.pool, self.board, self._stop.stage, self._reaper.last_exits)
+    # -- for the loop's thread: hooks of the program, and the control socket -----------------------------------------
+
+    def snapshot(self, now: float, slots: Container[int] | None = None) -> PoolSnapshot:
+        """The pool as it is, with all workers or those of some slots."""
+        stage, exits, reloads = self._stop.stage, self._reaper.last_exits, self._reload.history
+        return snapshot(now, self.pool, self.board, stage, exits, reloads, self._began, slots)
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.begun
+
+    def attach(self, control: Control) -> None:
+        """Serve a control socket in the loop, until `detach()`."""
+        self._control = control
+        self._inbox.watch(control.fd, control.serve)
+
+    def silence(self, control: Control) -> None:
+        """Do not wait for its descriptor until it is attached again; its `due` counts."""
+        self._inbox.unwatch(control.fd)
+
+    def detach(self) -> None:
+        if self._control is not None:
+            self._inbox.unwatch(self._control.fd)
+            self._control = None
+
+    def begin_reload(self) -> int | None:
+        """Begin the next generation. Returns a ticket for `reload_ticket()`; None: the pool stops."""
+        return self._reload.begin()
+
+    def reload_ticket(self, number: int) -> Ticket | None:
+        """What has become of a reload; None: there is no such ticket, or not any more."""
+        return self._reload.history.ticket(number)
+
+    def resize(self, size: int) -> None:
+        """Change the number of workers. One that is out of range is the nearest that is not."""
+        size = min(max(1, size), MAX_WORKERS)
+        if size != self.pool.size:
+            log.info("workers wanted: %d, was %d", size, self.pool.size)
+            self.pool.resize(size)
+
+    def recycle(self, slot: int) -> int | None:
+        """Replace the worker of a slot. Returns its pid; None: no worker serves there."""
+        for member in self.pool.serving:
+            if member.slot == slot:
+                self.pool.request_recycle(member.pid, "an operator asked for it")
+                return member.pid
+        return None
 
     def _over(self) -> bool:
         if self.pool.done and not self._roster.handles:
@@ -223,6 +285,7 @@ class Master:
             self._roster.carry_out_all,
             self._tell,
             self._service,
+            self._serve_control,
         ):
             with self._guard.protect("the master's loop failed at %s; it goes on", step.__name__):
                 step(now)
@@ -253,6 +316,7 @@ class Master:
             self._stop.due,
             self._reaper.due,
             self._reload.due,
+            None if self._control is None else self._control.due,
             None if self._poll_interval is None else self._poll_at,
         )
         return min((time for time in times if time is not None), default=None)
@@ -285,6 +349,7 @@ class Master:
         """Log what happened to the pool as a whole."""
         events, self.pool.events = self.pool.events, []
         for event, generation in events:
+            self._reload.happened(event, generation, now, self._reaper.last_said(generation))
             if event is pool.PoolEvent.READY:
                 took = now - self._began
                 log.info("pool ready: %d workers, generation %d, %.3f s", self.pool.size, generation, took)
@@ -303,6 +368,10 @@ class Master:
         with self._guard.protect_hook("service_actions() raised; the pool goes on"):
             self.hooks.service_actions()
 
+    def _serve_control(self, now: float) -> None:
+        if self._control is not None and (due := self._control.due) is not None and now >= due:
+            self._control.serve()
+
     # -- what an operator orders -----------------------------------------------------------------------------------
 
     def _obey(self, signum: signal.Signals) -> None:
@@ -314,19 +383,13 @@ class Master:
         elif signum is signal.SIGHUP:
             self._reload.begin()
         elif signum is signal.SIGTTIN:
-            self._resize(self.pool.size + 1)
+            self.resize(self.pool.size + 1)
         elif signum is signal.SIGTTOU:
-            self._resize(self.pool.size - 1)
+            self.resize(self.pool.size - 1)
         elif signum is signal.SIGUSR1:
             log_rotation.reopen()
             for pid in self._roster.handles:
                 self._roster.send(pid, signal.SIGUSR1)
-
-    def _resize(self, size: int) -> None:
-        size = min(max(1, size), MAX_WORKERS)
-        if size != self.pool.size:
-            log.info("workers wanted: %d, was %d", size, self.pool.size)
-            self.pool.resize(size)
 
 
 def _collectable() -> Any:

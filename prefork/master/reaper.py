@@ -11,6 +11,7 @@ import collections
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
@@ -21,20 +22,22 @@ from prefork.master.stop import Stop
 from prefork.master.worker_handle import WorkerHandle
 from prefork.rules.c_stack import without_interpreter
 from prefork.rules.pool import Pool
+from prefork.rules.reload_history import excerpt
 from prefork.rules.worker_exit import Reason, WorkerExit
 
 log = logs.get("prefork")
 
 SWEEP = 0.005  # seconds to the next look for an exit whose pipe is closed already
 TICK = 0.5  # seconds to the next look where the kernel has no pidfd, or the pipe has been closed for that long
-LAST_EXITS = 16  # deaths that a snapshot tells of
+LAST_EXITS = 64  # deaths that a snapshot tells of
+DETAIL_KEPT = 4096  # characters of what each of these workers said last
 
 
 class Reaper:
     """Collects the workers of one pool.
 
-    To be read: `due`, when to look although there was no notice (None: never); `last_exits`, the latest deaths, oldest
-    first; `last_words`, what the last worker that did not boot has said.
+    To be read: `due`, when to look although there was no notice (None: never); `last_exits`, the latest deaths with
+    their times, oldest first; `last_words`, what the last worker that did not boot has said.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Reaper:
         adopts: bool,
     ) -> None:
         self.due: float | None = None
-        self.last_exits: collections.deque[WorkerExit] = collections.deque(maxlen=LAST_EXITS)
+        self.last_exits: collections.deque[tuple[float, WorkerExit]] = collections.deque(maxlen=LAST_EXITS)
         self.last_words = ""
         self._roster, self._pool, self._board, self._stop, self._guard = roster, pool, board, stop, guard
         self._worker_exited, self._collect_others, self._adopts = worker_exited, collect_others, adopts
@@ -57,6 +60,13 @@ class Reaper:
     def look_at(self, due: float) -> None:
         """Look at this time, or before."""
         self.due = due if self.due is None else min(self.due, due)
+
+    def last_said(self, generation: int) -> str:
+        """The latest death in a generation, and what that worker said; '' where nobody of it has died."""
+        for _, report in reversed(self.last_exits):
+            if report.generation == generation:
+                return f"{report}\n{report.detail}".rstrip()
+        return ""
 
     def reap(self, now: float, *, probing: bool) -> None:
         """Collect every worker that has ended, and report it.
@@ -102,7 +112,7 @@ class Reaper:
         report = report_of(handle, entry, member.reason or Reason.EXITED, status, memory, now, member.why)
         if report.reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
             self._stop.found_empty()
-        self.last_exits.append(report)
+        self.last_exits.append((now, replace(report, detail=excerpt(report.detail, DETAIL_KEPT))))
         if report.reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
             log_exit(report, known=self.last_words)
             self.last_words = report.detail or str(report)

@@ -3,8 +3,11 @@
 After a HUP `begin()` starts the probe, or reads the settings at once where there is nothing to probe. `watch()` takes
 the probe's result. `Pool.reload()` then tries the generation with one worker. A failure before that is logged, and
 nothing else has happened. A HUP that comes during a probe begins one more reload after it.
+
+Each reload has a ticket, by which whoever asked for it learns of its result (`history`).
 """
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,7 +16,8 @@ from prefork.errors import PreforkError
 from prefork.kernel.signal_inbox import Inbox
 from prefork.master.roster import Roster
 from prefork.master.stop import Stop
-from prefork.rules.pool import Pool
+from prefork.rules.pool import Pool, PoolEvent
+from prefork.rules.reload_history import Progress, ReloadHistory
 from prefork.settings.settings import Options
 
 log = logs.get("prefork")
@@ -55,8 +59,10 @@ class Reload:
     ) -> None:
         self._pool, self._roster, self._stop, self._inbox = pool, roster, stop, inbox
         self._make_probe, self._settings = make_probe, settings
+        self.history = ReloadHistory()
         self._probe: Probe | None = None
-        self._once_more = False  # a reload was asked for during the probe
+        self._ticket = 0  # of the reload whose probe runs
+        self._next: int | None = None  # the ticket of one that was asked for during the probe
 
     @property
     def probing(self) -> bool:
@@ -67,31 +73,36 @@ class Reload:
         """When the probe has had its time; None: there is none."""
         return None if self._probe is None else self._probe.deadline
 
-    def begin(self) -> None:
-        """Begin a reload; during a stop: nothing."""
+    def begin(self) -> int | None:
+        """Begin a reload, or have one more follow. Returns its ticket; None: the pool stops."""
         if self._stop.begun:
-            return
+            return None
         self._roster.revive_listeners()  # or it would be refused, as that of a server that does not listen
-        generation = self._pool.generation
-        if self._make_probe is None:
-            try:
-                self._pool.reload(self._settings() if self._settings is not None else None)
-            except PreforkError as error:
-                log.error("reload failed: %s; generation %d serves on", error, generation)
-        elif self._probe is not None:
-            self._once_more = True
-        else:
-            self._once_more = False
-            try:
-                self._probe = self._make_probe()
-            except OSError as error:
-                log.error("reload failed: the program cannot be tried: %s; generation %d serves on", error, generation)
-                return
-            self._inbox.watch(self._probe.fd, lambda: None)
+        now = time.monotonic()
+        if self._probe is not None:
+            if self._next is None:
+                self._next = self.history.open(Progress.WAITING, now)
+            return self._next
+        ticket, self._next = self._next or self.history.open(Progress.PROBING, now), None
+        self.history.move(ticket, Progress.PROBING, now)
+        try:
+            if self._make_probe is None:
+                self._accept(ticket, self._settings() if self._settings is not None else None)
+            else:
+                self._probe, self._ticket = self._make_probe(), ticket
+                self._inbox.watch(self._probe.fd, lambda: None)
+        except PreforkError as error:
+            self._refuse(ticket, "reload failed: %s; generation %d serves on", str(error))
+        except OSError as error:
+            text = "reload failed: the program cannot be tried: %s; generation %d serves on"
+            self._refuse(ticket, text, str(error))
+        return ticket
 
     def watch(self) -> bool:
         """Take the result of a probe that is over, or has had its time. Returns whether a probe's child now ends."""
         probe = self._probe
+        if self._stop.begun:
+            self.history.stopped(time.monotonic())
         if probe is None or not probe.over():
             return False
         self._inbox.unwatch(probe.fd)
@@ -100,12 +111,27 @@ class Reload:
         if self._stop.begun:
             return True  # what was probed is not wanted any more
         if isinstance(result, Options):
-            self._pool.reload(result)
+            self._accept(self._ticket, result)
         else:
             log.error("reload failed: generation %d serves on: %s", self._pool.generation, result)
-        if self._once_more:
+            self.history.move(self._ticket, Progress.FAILED, time.monotonic(), result)
+        if self._next is not None:
             self.begin()
         return True
+
+    def happened(self, event: PoolEvent, generation: int, now: float, text: str = "") -> None:
+        """The pool tells of a generation. `text` says why one has failed."""
+        self.history.happened(event, generation, now, text)
+
+    def _accept(self, ticket: int, options: Options | None) -> None:
+        waits = self._pool.reloading
+        generation = self._pool.reload(options)
+        progress = Progress.WAITING if waits else Progress.ROLLING
+        self.history.move(ticket, progress, time.monotonic(), generation=generation)
+
+    def _refuse(self, ticket: int, text: str, reason: str) -> None:
+        log.error(text, reason, self._pool.generation)
+        self.history.move(ticket, Progress.FAILED, time.monotonic(), reason)
 
     def close(self) -> None:
         """Have the child of a probe leave."""

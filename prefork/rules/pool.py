@@ -323,20 +323,24 @@ class Pool:
     def resize(self, size: int) -> None:
         self.size, self._resized = min(max(1, size), MAX_WORKERS), True
 
-    def reload(self, options: Options | None = None) -> None:
+    def reload(self, options: Options | None = None) -> int | None:
         """Begin the next generation; during a reload, remember to begin once more.
+
+        Returns the number that the generation has, or will have; None: the pool stops.
 
         options
             Of the new generation; by default those of the last proven generation.
         """
         if self.stage is not Stage.SERVING:
-            return
+            return None
         options = options or self.options
+        number = self._newest + 1
         if self.reloading:
             self._remembered = options
             self._roll(RolloutEvent.ASKED)
         else:
             self._begin(options)
+        return number
 
     def forget_reload(self) -> None:
         """A stop has begun, of which the workers are not told yet: the reload under way is not followed by another."""

@@ -9,6 +9,7 @@ import prefork.link.scoreboard as scoreboard
 from prefork.link.scoreboard import Scoreboard
 from prefork.master.snapshot import BackoffSnapshot, PoolSnapshot, snapshot
 from prefork.rules.pool import Pool, Spawn
+from prefork.rules.reload_history import ReloadHistory
 from prefork.rules.states import Phase, State
 from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason
@@ -34,7 +35,7 @@ class Bench:
                 self.board.slot(order.slot)
 
     def snapshot(self, now: float = NOW, stage: Stage = Stage.SERVING) -> PoolSnapshot:
-        return snapshot(now, self.pool, self.board, stage, [])
+        return snapshot(now, self.pool, self.board, stage, [], ReloadHistory(), NOW - 60)
 
 
 def test_what_members_and_slots_say() -> None:
@@ -124,7 +125,7 @@ def test_a_real_pool(start: Start, notes: Notes) -> None:
                     pool = self._pool._master.snapshot(time.monotonic())
                     fields = operator.attrgetter("pid", "state.name", "phase.name", "requests", "busy_for", "peer")
                     workers = [fields(worker) for worker in pool.workers]
-                    exits = [(report.pid, report.reason.name) for report in pool.last_exits]
+                    exits = [(exit.report.pid, exit.report.reason.name) for exit in pool.last_exits]
                     note("pool " + json.dumps([pool.size, pool.ready, pool.generation, exits, workers]))
 
         with Server(("127.0.0.1", 0), Handler) as server:
