@@ -122,12 +122,19 @@ def _run(program: Program, options: Options) -> int:
     urls = [url(sock.type, sock.getsockname()) for sock in program.sockets] if summary.speaks_http else []
     for line in first_lines(str(summary), options.workers, filter(None, urls), os.getpid()):
         log.info("%s", line)
+    control = None
+    if options.control != "none":
+        import prefork.operations.place as place  # what is not used is not imported
+
+        control = place.make(options.control) if options.control else place.make_by_default(os.environ)
     set_title(f"prefork: master {program.target} {' '.join(map(describe, program.sockets))}")
     run_pool(
         program.listeners(),
         options,
         start,
-        ServerHooks(()),  # the master has no program in it, so there is nothing to call
+        control=control,
+        about={"program": program.target, "ends_process": True},
+        hooks=ServerHooks(()),  # the master has no program in it, so there is nothing to call
         probe=lambda: program.probe(options.boot_timeout),
         collect=program.collect,
         adopts=os.getpid() == 1,

@@ -28,6 +28,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "recycling": ("max_requests", "max_requests_jitter", "max_memory", "max_lifetime"),
     "logs": ("access_log",),
     "Unix sockets": ("unix_mode", "unix_group"),
+    "operation": ("control",),
 }
 SHORT = {"workers": "-w", "worker_class": "-k"}
 

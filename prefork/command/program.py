@@ -38,6 +38,7 @@ from prefork.workers.worker import Worker
 log = logs.get("prefork")
 
 FILE_SETTINGS = ("unix_mode", "unix_group")  # they count when a socket's file is made, and never again
+_LASTING = (*FILE_SETTINGS, "control")  # a reload does not change them
 _SWEEP = 0.005  # seconds between two looks at a probe that is to end
 
 
@@ -158,7 +159,7 @@ class Program:
     def _next_options(self, answer: Mapping[str, Any]) -> Options:
         """The settings of a new generation: the command's flags, and for the rest what the program says now."""
         options = self.options_of(answer["settings"])
-        for name in FILE_SETTINGS:
+        for name in _LASTING:
             if name not in self._flags and answer["settings"].get(name) != self.settings.get(name):
                 log.warning("%s: a change takes a new start; the socket's file is there already", name)
         self._import(answer)

@@ -24,10 +24,12 @@ import prefork.kernel.exit_handlers as exit_handlers
 import prefork.kernel.lossy_writer as lossy_writer
 import prefork.kernel.private_fds as private_fds
 import prefork.kernel.standard_streams as standard_streams
-from prefork.kernel.readiness import is_readable
+from prefork.kernel.readiness import is_readable, wait_readable
 
 # What a child runs: it is given a function that unblocks the signals, and returns the exit code.
 Main = Callable[[Callable[[], None]], int]
+
+_LONG = 3600.0  # seconds
 
 # What is blocked around a fork: every standard signal. The real-time ones are left out because `signal` translates the
 # former mask one by one: with them it takes 230 us per fork.
@@ -124,6 +126,17 @@ class Child:
         if self.pidfd is not None:
             private_fds.close([self.pidfd])
             self.pidfd = None
+
+
+def await_end(pid: int) -> None:
+    """Wait until a process has ended that is nobody's child here. Where the kernel has no pidfd: do not wait."""
+    with contextlib.suppress(OSError, AttributeError):
+        fd = os.pidfd_open(pid)
+        try:
+            while not wait_readable(fd, _LONG):
+                pass
+        finally:
+            os.close(fd)
 
 
 def reap_strangers(ours: Container[int]) -> bool:

@@ -187,6 +187,27 @@ def clear(path: str, kind: int) -> None:
         Claim(path, kind).release()
 
 
+def is_held(path: str) -> bool:
+    """Whether a server has the right to a path.
+
+    Raises
+    ------
+    OSError
+        EACCES: the lock is another user's.
+    """
+    try:
+        fd = os.open(real_path(path) + ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def group_id(name: str) -> int | None:
     """The number of a group, by its name or number; None for "".
 

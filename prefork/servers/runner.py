@@ -7,9 +7,11 @@ A `ServerPool` belongs to one server, or to several that `serve()` joins. It kee
 import functools
 import os
 import socketserver
+import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol, Unpack
 
 import prefork.kernel.logs as logs
 import prefork.kernel.program_directory as program_directory
@@ -30,12 +32,22 @@ from prefork.settings.settings import Options
 log = logs.get("prefork")
 
 
+class Control(loop.Control, Protocol):
+    """A control socket (`prefork.operations.control`), which is imported only where there is one."""
+
+    def join(self, master: loop.Master, about: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def run_pool(
     listeners: Sequence[Listener],
     options: Options,
     start: Start,
     hooks: loop.Hooks,
     *,
+    control: Control | None = None,
+    about: Mapping[str, object] = MappingProxyType({}),
     poll_interval: float | None = None,
     began: Callable[[loop.Master], None] = lambda master: None,
     ends: Callable[[loop.Master], None] = lambda master: None,
@@ -55,7 +67,7 @@ def run_pool(
     -------------
     The caller owns the sockets and the claims to their paths, and closes them. The `Listener`s are closed with the
     master, and tell afterwards what the stop has done (`spent`, `held`). Master and workers belong to this call, or to
-    `finish()`.
+    `finish()`. So does the control socket: it is served by the master's loop, and closed after its last turn.
 
     Failures
     --------
@@ -68,19 +80,28 @@ def run_pool(
     it has.
     """
     names = [describe(listener.socket) for listener in listeners]
-    for listener, name in zip(listeners, names, strict=True):
-        # accept() itself waits on a listener that is alone; one of several must never block the others.
-        listener.open(blocking=len(listeners) == 1)
-        log.info("listening on %s", name)
-    master = loop.Master(listeners, options, start, hooks, title=" ".join(names), **of_master)
+    try:
+        for listener, name in zip(listeners, names, strict=True):
+            # accept() itself waits on a listener that is alone; one of several must never block the others.
+            listener.open(blocking=len(listeners) == 1)
+            log.info("listening on %s", name)
+        master = loop.Master(listeners, options, start, hooks, title=" ".join(names), **of_master)
+    except BaseException:
+        if control is not None:
+            control.close()
+        raise
 
     def finish() -> None:
         if master.pids:
             master.run()
+        if control is not None:
+            control.close()
         ends(master)
         master.close()
 
     try:
+        if control is not None:
+            control.join(master, {"listeners": names, **about})
         began(master)
         master.run(poll_interval)
     except BaseException:
@@ -208,6 +229,11 @@ class ServerPool:
 
         listeners = [server_checks.listener_of(server) for server in servers]
         hooks = ServerHooks(servers)
+        control = None
+        if options.control not in ("", "none"):
+            import prefork.operations.place as place  # what a program does not use is not imported
+
+            control = place.make(options.control)
         # The program may leave its directory later.
         absolute = functools.partial(os.path.join, program_directory.here())
         try:
@@ -216,6 +242,8 @@ class ServerPool:
                 options,
                 start,
                 hooks,
+                control=control,
+                about={"program": os.path.basename(sys.argv[0]) or "python", "ends_process": False},
                 poll_interval=poll_interval if hooks.ticks else None,
                 began=self._began,
                 ends=self._ends,

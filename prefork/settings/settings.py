@@ -12,6 +12,7 @@ from prefork.errors import OptionError
 from prefork.kernel.cgroup import usable_cpus
 from prefork.settings.declaration import Setting, setting
 
+_NO_PATHS = ("", "-", "none")  # what may stand in the place of a path
 MAX_WORKERS = 2048  # slots on the scoreboard must hold a whole pool twice (a reload with the greatest surge)
 
 
@@ -94,6 +95,12 @@ class Settings:
     unix_group: str = setting(
         "", str, "group of the file of a Unix socket, by name or number; default: the group of the process"
     )
+    control: str = setting(
+        "",
+        str,
+        "path of the control socket, by which `prefork status` and its like reach the pool; none: no control socket; "
+        "default: a file in $RUNTIME_DIRECTORY or $XDG_RUNTIME_DIR/prefork",
+    )
 
 
 def declared() -> Iterator[Setting]:
@@ -105,9 +112,9 @@ def declared() -> Iterator[Setting]:
 
 def with_whole_paths(values: Mapping[str, object], absolute: Callable[[str], str]) -> dict[str, object]:
     """The same settings, with absolute paths: the program may change its directory."""
-    path = values.get("access_log")
-    absolute_paths = {"access_log": absolute(path)} if isinstance(path, str) and path not in ("", "-") else {}
-    return {**values, **absolute_paths}
+    paths = {name: values.get(name) for name in ("access_log", "control")}
+    relative = {name: path for name, path in paths.items() if isinstance(path, str) and path not in _NO_PATHS}
+    return {**values, **{name: absolute(path) for name, path in relative.items()}}
 
 
 class Options(Settings):

@@ -31,6 +31,7 @@ ORDER = (
     "workers.asgi",
     "workers.wsgi",
     "master",
+    "operations",  # how a running pool is seen and steered
     "servers",
     "command",
     "testing",

@@ -44,6 +44,7 @@ WRONG: dict[str, list[object]] = {
     "block_on_close": [0, 1, None, "yes"],
     "unix_mode": [-1, 0o1000, "0600", 660, 0.5, True],
     "unix_group": [None, 33, b"adm"],
+    "control": [None, 1, b"path"],
 }
 STRANGE = [Lines(), Mute(), object(), "x" * 1000, "a\nb", -(10**5000), b"\n", ..., {}]
 
@@ -66,7 +67,7 @@ def test_wrong(name: str, value: object) -> None:
 @pytest.mark.parametrize("value", STRANGE, ids=range(len(STRANGE)))
 def test_strange(name: str, value: object) -> None:
     """Also a value that cannot be shown, or only at length, is refused in one short line."""
-    if name in ("access_log", "unix_group") and isinstance(value, str):
+    if name in ("access_log", "unix_group", "control") and isinstance(value, str):
         assert getattr(Options({name: value}), name) == value, "any text may be the name of a file, or of a group"
         return
     line = refused(name, value)

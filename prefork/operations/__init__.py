@@ -1,0 +1,1 @@
+"""How a running pool is seen and steered: the control socket, and the client that asks it."""
