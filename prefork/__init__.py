@@ -3,22 +3,25 @@
 import prefork.kernel.import_path as import_path
 
 # isort: split
-from socketserver import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
 from typing import TYPE_CHECKING, Any
 
-from prefork.errors import BootError, OptionError, PreforkError, ProgramError, RequestTimeout
-from prefork.rules.worker_exit import Reason, WorkerExit
-from prefork.servers.mixin import (
-    PreforkMixIn,
-    PreforkTCPServer,
-    PreforkUDPServer,
-    PreforkUnixDatagramServer,
-    PreforkUnixStreamServer,
-)
-from prefork.servers.runner import serve
-from prefork.workers import MODULES
-from prefork.workers.handlers.sync import SyncWorker
-from prefork.workers.worker import Worker
+# The command has no use for the face: what of it a program asks for is imported then. A command for a running pool
+# (`prefork status`) never imports the rest of prefork.
+if TYPE_CHECKING or not import_path.is_command:
+    from socketserver import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
+
+    from prefork.errors import BootError, OptionError, PreforkError, ProgramError, RequestTimeout
+    from prefork.rules.worker_exit import Reason, WorkerExit
+    from prefork.servers.mixin import (
+        PreforkMixIn,
+        PreforkTCPServer,
+        PreforkUDPServer,
+        PreforkUnixDatagramServer,
+        PreforkUnixStreamServer,
+    )
+    from prefork.servers.runner import serve
+    from prefork.workers.handlers.sync import SyncWorker
+    from prefork.workers.worker import Worker
 
 if TYPE_CHECKING:
     from prefork.servers.http import BufferedHTTPMixIn, PreforkHTTPServer
@@ -61,9 +64,15 @@ __all__ = [
 
 # Imported when they are asked for: what they stand on costs up to 50 ms, and memory.
 _MODULES = {
-    "BufferedHTTPMixIn": "prefork.servers.http",
-    "PreforkHTTPServer": "prefork.servers.http",
-    **MODULES,
+    **dict.fromkeys(("BaseRequestHandler", "DatagramRequestHandler", "StreamRequestHandler"), "socketserver"),
+    **dict.fromkeys(("BootError", "OptionError", "PreforkError", "ProgramError", "RequestTimeout"), "prefork.errors"),
+    **dict.fromkeys(("Reason", "WorkerExit"), "prefork.rules.worker_exit"),
+    **dict.fromkeys(("PreforkMixIn", "PreforkTCPServer", "PreforkUDPServer"), "prefork.servers.mixin"),
+    **dict.fromkeys(("PreforkUnixDatagramServer", "PreforkUnixStreamServer"), "prefork.servers.mixin"),
+    **dict.fromkeys(("BufferedHTTPMixIn", "PreforkHTTPServer"), "prefork.servers.http"),
+    "serve": "prefork.servers.runner",
+    **dict.fromkeys((name for name in __all__ if name.endswith("Worker")), "prefork.workers"),
+    **dict.fromkeys(("AsyncDatagramRequestHandler", "AsyncStreamRequestHandler"), "prefork.workers"),
 }
 
 

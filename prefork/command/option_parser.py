@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import prefork.command.foreign_options as foreign_options
+from prefork.command.words import COMMANDS
 from prefork.errors import OptionError
 from prefork.settings.declaration import Setting
 from prefork.settings.settings import declared
@@ -107,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="prefork",
         usage="prefork MODULE:NAME [-b ADDRESS] [-w N] [-k CLASS] [OPTION ...]",
         description="Serve a WSGI or ASGI application, or a socketserver handler, from a supervised pool of processes.",
-        epilog="Signals: TERM stop, INT/QUIT stop fast, HUP reload, TTIN/TTOU one worker more/fewer, USR1 reopen logs.",
+        epilog="Signals: TERM stop, INT/QUIT stop fast, HUP reload, TTIN/TTOU one worker more/fewer, USR1 reopen logs. "
+        f"Commands for a running pool: {', '.join(COMMANDS)}; see prefork {next(iter(COMMANDS))} --help.",
         allow_abbrev=False,
         add_help=False,
         formatter_class=_Formatter,

@@ -36,7 +36,8 @@ def _standard_first(path: list[str]) -> list[str]:
     return sorted(path, key=lambda entry: not is_standard_entry(entry))
 
 
-if _is_command():
+is_command = _is_command()
+if is_command:
     if sys.argv[0] == "-m" and not sys.flags.safe_path:
         del sys.path[0]  # the current directory
     command_path = sys.path[:]
