@@ -6,7 +6,7 @@ Run `python examples/gevent_worker.py [PORT]`, then one of
     python -c "import socket; c = socket.create_connection(('127.0.0.1', 9014)); c.send(b'hello\n'); print(c.recv(99))"
 
 The handler is an ordinary one of socketserver. A thousand clients that say little hold one process, not a thousand.
-docs/workers.md explains this worker line by line.
+docs/howto/write-a-worker-class.md explains this worker line by line.
 """
 
 import sys

@@ -3,7 +3,7 @@
     SERVING --> SETTLING --> DRAINING --> FAST --> KILL
 
 A stop only ever becomes harder, so a stage is never left for an earlier one; any stage may be skipped. `ESCALATION` is
-what a signal, by its name, means in each stage; a test holds `docs/signals.md` to it.
+what a signal, by its name, means in each stage; a test holds `docs/reference/signals.md` to it.
 
 SETTLING
     New clients are kept out. Handshakes that had begun complete: a client may believe already that it is connected.

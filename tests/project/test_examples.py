@@ -29,7 +29,7 @@ from support import Address, Program, dial, patterns, until
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
-SIGNALS = ROOT / "docs" / "signals.md"
+SIGNALS = ROOT / "docs/reference/signals.md"
 
 # http.server's own access log.
 ACCESS = r"127\.0\.0\.1 - - \[[^]]+\] .*"
@@ -360,7 +360,7 @@ def test_readme_worker(start: Start, port: int) -> None:
 
 
 def test_readme_links_lead_somewhere() -> None:
-    """Every file that README.md, docs/signals.md and the change log link to, or name, is there."""
+    """Every file that README.md, docs/reference/signals.md and the change log link to, or name, is there."""
     for path in (README, SIGNALS, ROOT / "CHANGELOG.md"):
         text = path.read_text(encoding="utf-8")
         links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
@@ -393,7 +393,7 @@ def test_readme_settings() -> None:
 
 
 def test_readme_exit_codes() -> None:
-    """README and docs/signals.md give each error's exit code as the errors themselves have it."""
+    """README and docs/reference/signals.md give each error's exit code as the errors themselves have it."""
     for path in (README, SIGNALS):
         found = dict(re.findall(r"^\| (\d+) \|.*?`(\w+Error)`", path.read_text(encoding="utf-8"), re.MULTILINE))
         for code, name in found.items():
@@ -403,7 +403,7 @@ def test_readme_exit_codes() -> None:
 
 
 def test_signals_are_documented() -> None:
-    """docs/signals.md has a row for every signal that the master takes over."""
+    """docs/reference/signals.md has a row for every signal that the master takes over."""
     named = set(re.findall(r"^\| ([A-Z0-9, ]+) \|", SIGNALS.read_text(encoding="utf-8"), re.MULTILINE))
     names = {name for cell in named for name in cell.split(", ")}
     assert {one.name.removeprefix("SIG") for one in prefork.master.loop.SIGNALS} <= names

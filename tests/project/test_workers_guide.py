@@ -1,4 +1,4 @@
-"""docs/workers.md, read as a reader would: every program in it runs and does what the text around it says."""
+"""docs/howto/write-a-worker-class.md, read as a reader would: every program in it runs and does what the text around it says."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ from support import PROGRAMS, Address, Program, ask, dial
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-GUIDE = ROOT / "docs" / "workers.md"
+GUIDE = ROOT / "docs/howto/write-a-worker-class.md"
 
 Start = Callable[..., Program]
 

@@ -19,9 +19,9 @@ def test_every_signal_means_something_in_every_stage() -> None:
 
 
 def test_documentation_says_the_same() -> None:
-    """The table of docs/signals.md is the table of the code."""
+    """The table of docs/reference/signals.md is the table of the code."""
     words = {"stop": Stage.SETTLING, "fast stop": Stage.FAST, "kill": Stage.KILL, "no effect": None}
-    text = (Path(__file__).resolve().parents[2] / "docs/signals.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs/reference/signals.md").read_text()
     rows = {
         "serving": (Stage.SERVING,),
         "stopping gracefully": (Stage.SETTLING, Stage.DRAINING),
