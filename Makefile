@@ -13,7 +13,7 @@ unexport PYTHONHOME
 TOO_OLD := prefork needs Python 3.11 or later; see PYTHON in the Makefile
 NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(TOO_OLD)")'
 
-.PHONY: help serve test test-all test-next lint t pytest repeat stress soak sweep bench bench-workers bench-web clean
+.PHONY: help serve test test-all test-next lint t pytest docs repeat stress soak sweep bench bench-workers bench-web clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make t         T=tests/x/test_y.py K=name: some tests against the checkout, in seconds, without a wheel'
 	@echo 'make pytest    the tests alone; ARGS="-k stop -x" goes to pytest'
+	@echo 'make docs      the documentation, as web pages in .build/docs'
 	@echo 'make repeat    T=tests/test_x.py N=50: one file N times, until it fails'
 	@echo 'make stress    the same while every core is kept busy'
 	@echo 'make soak      the long tests'
@@ -122,6 +123,20 @@ test-all:
 # Pythons that no stable distribution has yet. NEXT, ARGS and JOBS reach the script as variables of the environment.
 test-next:
 	@.ci/next
+
+# -- documenting it
+
+# Sphinx stays out of the environment of the tests. Every warning is an error, a link that leads nowhere among them.
+$(BUILD)/docs-tools: pyproject.toml
+	rm -rf $(BUILD)/docs-venv
+	$(PYTHON) -m venv $(BUILD)/docs-venv
+	$(BUILD)/docs-venv/bin/python $(PIP) --editable '.[docs,wsgi,asgi]'
+	@touch $@
+
+docs: $(BUILD)/docs-tools
+	rm -rf .build/docs
+	$(BUILD)/docs-venv/bin/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --jobs auto docs .build/docs
+	@echo 'open .build/docs/index.html'
 
 # -- measuring it
 

@@ -135,8 +135,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], li
     return read
 
 
-@pytest.fixture
-def port() -> int:
+def free_port() -> int:
     """A port that is free for TCP and UDP, below those that the kernel gives to clients by itself."""
 
     def free(number: int) -> bool:
@@ -150,6 +149,18 @@ def port() -> int:
         return True
 
     return next(number for number in iter(lambda: DICE.randrange(20000, 30000), 0) if free(number))
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that is free for TCP and UDP."""
+    return free_port()
+
+
+@pytest.fixture
+def free_ports() -> list[str]:
+    """Three such ports, as text."""
+    return [str(free_port()) for _ in range(3)]
 
 
 @pytest.fixture

@@ -130,8 +130,8 @@ class PreforkMixIn(Settings):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve from a pool of workers until `shutdown()` or a signal ends it. Workers are forked here, not earlier.
 
-        On the main thread the signals of `docs/reference/signals.md` are taken over for the time of the call. `poll_interval` is
-        the seconds between two calls of `service_actions()`; where that is not overridden, nothing wakes up for it.
+        On the main thread the signals of `docs/reference/signals.md` are taken over for the time of the call.
+        `poll_interval` is the seconds between two calls of `service_actions()`; where that is not overridden, nothing wakes up for it.
 
         Raises
         ------

@@ -11,9 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import xmlrpc.client
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from PIL import Image
 
 import prefork.errors
 import prefork.master.loop
-from prefork.settings.declaration import Setting
-from prefork.settings.settings import declared
 from support import Address, Program, dial, patterns, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,99 +304,24 @@ def test_docstring_clients_work(example: Start, port: int, photo: Path, name: st
         pytest.skip(f"none of its clients is installed: {clients(name)}")
 
 
-# -- the README ----------------------------------------------------------------------------------------
+# -- the reference -------------------------------------------------------------------------------------
 
 
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def test_exit_codes() -> None:
+    """docs/reference/signals.md gives each error's exit code as the errors themselves have it."""
+    found = dict(re.findall(r"^\| (\d+) \|.*?`(\w+Error)`", SIGNALS.read_text(encoding="utf-8"), re.MULTILINE))
+    for code, name in found.items():
+        kind = OSError if name == "OSError" else getattr(prefork.errors, name)
+        assert int(code) == getattr(kind, "exit_code", 1), name
+    assert set(found.values()) == {"OSError", "OptionError", "BootError", "ProgramError"}
 
 
-def test_readme_program(start: Start, port: int) -> None:
-    """The README's program of ten lines is a server."""
-    text = blocks(README, "python")[0]
-    assert len([line for line in text.splitlines() if line]) <= 10
-    assert text.count("9999") == 1
-    program = start("program", files={"program.py": text.replace("9999", str(port))})
-    program.wait_ready(4)
-    assert converse(tcp(port), b"hello") == b"hello"
-    program.finish()
-    assert program.log == ""
-
-
-def test_readme_application(start: Start, port: int) -> None:
-    """The README's application is served."""
-    text = blocks(README, "python")[1]
-    assert text.count("8000") == 1
-    program = start("program", files={"program.py": text.replace("8000", str(port))})
-    program.wait_ready(len(os.sched_getaffinity(0)))
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    for _ in range(2):
-        client.request("GET", "/")
-        assert client.getresponse().read() == b"hello\n"
-    client.close()
-    program.finish()
-    assert program.log == ""
-
-
-def test_readme_worker(start: Start, port: int) -> None:
-    """The README's worker class serves, with what its setup() has opened."""
-    text = blocks(README, "python")[2]
-    rest = f"""
-        class Show(prefork.StreamRequestHandler):
-            def handle(self):
-                self.wfile.write(self.server.connection.execute("SELECT 'as ' || 'told'").fetchone()[0].encode())
-
-        with Server(("127.0.0.1", {port}), Show) as server:
-            server.serve_forever()
-        """
-    program = start("program", files={"program.py": text + "import prefork\n" + textwrap.dedent(rest)})
-    program.wait_ready(4)
-    assert converse(tcp(port), b"") == b"as told"
-    program.finish()
-    assert program.log == ""
-
-
-def test_readme_links_lead_somewhere() -> None:
-    """Every file that README.md, docs/reference/signals.md and the change log link to, or name, is there."""
-    for path in (README, SIGNALS, ROOT / "CHANGELOG.md"):
-        text = path.read_text(encoding="utf-8")
-        links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
-        named = re.findall(r"`((?:examples|docs|benchmarks|tests)/[\w./]*)`", text)
-        assert [link for link in links if not (path.parent / link).exists()] == []
-        assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-def rows() -> Iterator[str]:
-    """The table of settings, as the settings themselves say it."""
-    yield "| setting | default | unit | flag | |"
-    yield "|---|---|---|---|---|"
-    for one in declared():
-        flag = f"`--{one.name.replace('_', '-')}`" if one.flag else ""
-        short = {"workers": "-w", "worker_class": "-k"}.get(one.name)
-        flag = f"`{short}`, {flag}" if short else flag
-        yield " | ".join((f"| `{one.name}`", default(one), one.unit, flag, one.help)) + " |"
-
-
-def default(one: Setting) -> str:
-    if callable(one.default):
-        return "processors"
-    return f"`{one.default!r}`" if isinstance(one.default, str) else f"`{one.default}`"
-
-
-def test_readme_settings() -> None:
-    """The README's table of settings is the one that the code declares."""
-    table = "\n".join(rows())
-    assert table in README.read_text(encoding="utf-8"), f"it should be\n{table}"
-
-
-def test_readme_exit_codes() -> None:
-    """README and docs/reference/signals.md give each error's exit code as the errors themselves have it."""
-    for path in (README, SIGNALS):
-        found = dict(re.findall(r"^\| (\d+) \|.*?`(\w+Error)`", path.read_text(encoding="utf-8"), re.MULTILINE))
-        for code, name in found.items():
-            kind = OSError if name == "OSError" else getattr(prefork.errors, name)
-            assert int(code) == getattr(kind, "exit_code", 1), name
-        assert set(found.values()) == {"OSError", "OptionError", "BootError", "ProgramError"}
+def test_examples_are_listed() -> None:
+    """examples/README.md names each example, and no other file."""
+    named = re.findall(
+        r"^\| \[(\w+\.py)\]\(\1\) \|", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(named) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
 def test_signals_are_documented() -> None:

@@ -1,4 +1,4 @@
-"""docs/howto/write-a-worker-class.md, read as a reader would: every program in it runs and does what the text around it says."""
+"""The guide to worker classes, read as a reader would: each program in it does what the text around it says."""
 
 import ast
 import re
