@@ -13,7 +13,8 @@ unexport PYTHONHOME
 TOO_OLD := prefork needs Python 3.11 or later; see PYTHON in the Makefile
 NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(TOO_OLD)")'
 
-.PHONY: help serve test test-all test-next lint t pytest docs repeat stress soak sweep bench bench-workers bench-web clean
+.PHONY: help serve test test-all test-next lint t pytest docs
+.PHONY: repeat stress soak sweep bench bench-workers bench-web clean
 .DELETE_ON_ERROR:
 
 help:

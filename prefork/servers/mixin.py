@@ -131,7 +131,8 @@ class PreforkMixIn(Settings):
         """Serve from a pool of workers until `shutdown()` or a signal ends it. Workers are forked here, not earlier.
 
         On the main thread the signals of `docs/reference/signals.md` are taken over for the time of the call.
-        `poll_interval` is the seconds between two calls of `service_actions()`; where that is not overridden, nothing wakes up for it.
+        `poll_interval` is the seconds between two calls of `service_actions()`; where that is not overridden,
+        nothing wakes up for it.
 
         Raises
         ------

@@ -160,7 +160,7 @@ class Pool:
         return client
 
     def wait_for(self, pattern: str, *, number: int = 1) -> re.Match[str]:
-        """The `number`th match of a regular expression in the log, once it is there."""
+        """The match of a regular expression in the log, once there are `number` of them: the last of these."""
 
         def seen() -> re.Match[str] | None:
             matches = list(re.finditer(pattern, self.log))

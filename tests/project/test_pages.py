@@ -145,13 +145,13 @@ class Reader:
             process.wait(10)
 
 
-def assert_like(lines: list[str], shown: list[str]) -> None:
+def assert_like(lines: list[str], expected: list[str]) -> None:
     """The lines are those that the page shows, where it shows any; a line of `...` is any number of lines."""
-    if not shown:
+    if not expected:
         return
-    pattern = "".join(r"(?:.*\n)*?" if line.strip() == "..." else as_pattern(line).pattern + "\n" for line in shown)
+    pattern = "".join(r"(?:.*\n)*?" if line.strip() == "..." else as_pattern(line).pattern + "\n" for line in expected)
     text = "".join(line.rstrip() + "\n" for line in lines)
-    assert re.fullmatch(pattern, text), f"the page shows {shown}, but it printed {lines}"
+    assert re.fullmatch(pattern, text), f"the page shows {expected}, but it printed {lines}"
 
 
 @contextmanager
