@@ -112,6 +112,8 @@ class Reader:
 
     def serves(self, words: list[str]) -> bool:
         """Whether a command goes on until it is stopped."""
+        if "||" in words:
+            return False
         if words[0] == "prefork":
             return len(words) > 1 and words[1] not in NOT_SERVING and not {"--help", "--version"}.intersection(words)
         if words[0] in ("python", "python3") and len(words) > 1 and words[1].endswith(".py"):
