@@ -1,13 +1,13 @@
-r"""A chat whose members are spread over the workers. Workers share no objects: what is said goes through Redis.
+r"""A chat whose members are on different workers. Workers share no objects: each message goes through Redis.
 
-Start a Redis server and `python examples/chat.py [PORT [URL]]`, where URL is redis://127.0.0.1:6379 if not given; then,
-in several terminals,
+Start a Redis server and `python examples/chat.py [PORT [URL]]`; the default URL is redis://127.0.0.1:6379. Then, in
+several terminals,
 
     nc 127.0.0.1 9012
 
-Each line is said to all; `/name Ada` changes your name. The lesson is in `setup()`: every worker opens its own
-connections to Redis after the fork. One that the master had opened would be one socket in all workers, each reading the
-others' answers.
+Each line goes to all members; `/name Ada` changes your name. Read `setup()`: every worker opens its own connections to
+Redis after the fork. A connection that the master had opened would be one socket in all workers, and each would read
+the answers of the others.
 """
 
 import contextlib

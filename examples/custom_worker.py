@@ -1,4 +1,4 @@
-r"""A worker class of one's own: each worker has its own connection to one SQLite database.
+r"""A worker class of your own: each worker has its own connection to one SQLite database.
 
 Run `python examples/custom_worker.py [PORT]`, then one of
 

@@ -1,4 +1,4 @@
-"""Echo over TCP: the ten lines of the README.
+"""Echo over TCP, in ten lines.
 
 Run `python examples/echo.py`, then `printf hello | nc -N 127.0.0.1 9000`.
 """

@@ -1,11 +1,11 @@
-r"""A worker class with a loop of its own: gevent's StreamServer, a greenlet a connection.
+r"""A worker class with another loop: gevent's StreamServer, one greenlet per connection.
 
 Run `python examples/gevent_worker.py [PORT]`, then one of
 
     echo hello | nc -N 127.0.0.1 9014
     python -c "import socket; c = socket.create_connection(('127.0.0.1', 9014)); c.send(b'hello\n'); print(c.recv(99))"
 
-The handler is an ordinary one of socketserver. A thousand clients that say little hold one process, not a thousand.
+The handler is an ordinary one of socketserver. A thousand idle clients occupy one process, not a thousand.
 docs/howto/write-a-worker-class.md explains this worker line by line.
 """
 

@@ -1,11 +1,11 @@
-"""Functions that compute, with JSON over HTTP: the path names the function, the body is the list of its arguments.
+"""Call functions with JSON over HTTP: the path names the function, the body is the list of its arguments.
 
 Run `python examples/json_compute.py [PORT]`, then one of
 
     curl -sS -d '[600851475143]' http://127.0.0.1:9009/factors
     curl -sS -d '[50]' http://127.0.0.1:9009/pi
 
-The answer is an object with `result` or `error`. Everything is bounded: the length of a body, the time of a request.
+The answer is an object with `result` or `error`. The length of a body and the time of a request are limited.
 """
 
 import json

@@ -1,4 +1,4 @@
-r"""Count primes on every processor: a service of CPU-heavy requests. `make serve` starts it.
+r"""Count primes on every processor: each request keeps a processor busy. `make serve` starts it.
 
 Run `python examples/primes.py [PORT]`, then one of
 

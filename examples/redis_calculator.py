@@ -6,9 +6,9 @@ Run `python examples/redis_calculator.py [PORT]`, then one of
     redis-benchmark -p 9007 -q -n 20000 -P 8 ADD 40 2
     printf 'MUL 6 7\r\n' | nc -N 127.0.0.1 9007
 
-Redis clients keep their connections, and keep many: each is served by a thread of one of the workers, and what a client
-sends at once is answered at once. A worker that is told to leave hangs up on those who have had their answers, or a
-reload would wait for clients that have nothing to say.
+Redis clients keep many connections open. Each is served by a thread of a worker. Requests that a client sends together
+are answered together. A worker that is told to leave hangs up on the clients that have their answers; otherwise a
+reload would wait for idle clients.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""A walk through reload, resize and stop. A client keeps asking all the while, and no answer is lost.
+"""Reload, resize and stop, step by step. A client sends requests all the time, and no answer is lost.
 
 Run `python examples/signals.py [PORT]` and read: the steps are on standard output, the pool's log on standard error. It
-ends by itself. While it runs, `printf x | nc -N 127.0.0.1 9005` is one client more.
+ends by itself. While it runs, `printf x | nc -N 127.0.0.1 9005` is another client.
 
-The pool is in the main thread, as it must be to be steered by signals; the operator and the client are a second thread.
+The pool is in the main thread, because Python handles signals there. The operator and the client are a second thread.
 """
 
 import logging

@@ -1,11 +1,12 @@
-"""A mail intake: aiosmtpd's protocol in a worker of its own, which runs an asyncio loop. Mail goes into a Maildir.
+"""Receive mail: aiosmtpd's protocol in a worker class with an asyncio loop. Mail goes into a Maildir.
 
 Run `python examples/smtp_intake.py [PORT [DIRECTORY]]`, then
 
     swaks --server 127.0.0.1 --port 9013 --from ada@example.test --to bob@example.test
 
-and find the mail in `mail/new`. A mail that was answered with 250 is on the disk. A worker that leaves takes the mails
-that are being sent, and tells the other clients 421, "come back": their mail stays in their queue (RFC 5321, 3.8).
+and find the mail in `mail/new`. A mail that was answered with 250 is on the disk. A worker that leaves accepts the
+mails that are being sent. It answers the other clients with 421, "try again": their mail stays in their queue (RFC
+5321, 3.8).
 """
 
 import asyncio

@@ -5,8 +5,8 @@ Run `python examples/syslog_server.py [PORT [PATH [FILE]]]`, then one of
     logger --server 127.0.0.1 --port 9010 --udp -p mail.warning hello
     logger -u log.sock -t backup -p daemon.err 'the disk is full'
 
-and see `messages.log`. Each worker opens the file for itself, in `setup()`, to append; a line is one write, which the
-kernel does not mix with those of other workers.
+and see `messages.log`. Each worker opens the file in `setup()`, to append. A line is one write, and the kernel does not
+mix it with the writes of other workers.
 """
 
 import os

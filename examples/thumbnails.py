@@ -1,10 +1,10 @@
-"""Thumbnails over HTTP: POST an image, get a JPEG of at most SIZE pixels in each direction. CPU-heavy: Pillow does it.
+"""Thumbnails over HTTP: POST an image, get a JPEG of at most SIZE pixels in each direction. Pillow does the work.
 
 Run `python examples/thumbnails.py [PORT]`, then
 
     curl -fsS --data-binary @photo.png http://127.0.0.1:9008/200 -o small.jpg
 
-What a stranger may send is bounded: bytes, pixels (a small file can claim to be a huge picture), kinds of files, time.
+What a client may send is limited: bytes, pixels (a small file can claim to be a huge picture), kinds of files, time.
 """
 
 import contextlib

@@ -1,12 +1,12 @@
-"""A Flask application on Werkzeug's own server, with the mix-in in front of that.
+"""A Flask application on Werkzeug's own server, with the mix-in in front of it.
 
 Run `python examples/werkzeug_flask.py [PORT]`, then one of
 
     curl -sS http://127.0.0.1:9011/hello/Ada
     curl -sS -F file=@README.md http://127.0.0.1:9011/count
 
-Werkzeug's server is meant for development, and this one serves one client at a time in each worker. What it shows is
-that the pool fits below a server that knows nothing of it; the worker class `wsgi` serves applications better.
+Werkzeug's server is meant for development, and here each worker serves one client at a time. The example shows that the
+pool works with a server that knows nothing of it. Use the worker class `wsgi` to serve applications.
 """
 
 import os

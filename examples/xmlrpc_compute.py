@@ -1,4 +1,4 @@
-"""Remote procedures that compute, over XML-RPC. Each call is a connection of its own, so calls spread over the workers.
+"""Remote procedures over XML-RPC. Each call is a connection of its own, so the calls go to different workers.
 
 Run `python examples/xmlrpc_compute.py [PORT]`, then
 
