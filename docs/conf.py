@@ -15,6 +15,7 @@ extensions = ["myst_parser", "sphinxcontrib.mermaid", "sphinx.ext.autodoc", "sph
 source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+nitpicky = True  # a name in a docstring that leads nowhere is a warning, too
 myst_fence_as_directive = ["mermaid"]
 
 autodoc_member_order = "bysource"

@@ -176,7 +176,7 @@ class Worker:
 
     @property
     def pool_drains(self) -> bool:
-        """Whether it is the whole pool that stops: then the queue is to be emptied before leaving."""
+        """Whether the whole pool stops. The worker then empties the queue before it leaves."""
         return self._board.pool_drains
 
     @property

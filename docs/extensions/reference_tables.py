@@ -33,9 +33,9 @@ def settings() -> str:
     rows = []
     for setting in declared():
         default = "processors" if setting.name == "workers" else repr(setting.__get__(None))
-        flag = code(f"--{setting.name.replace('_', '-')}") if setting.flag else ""
-        rows.append([code(setting.name), code(default), setting.unit, flag, setting.help])
-    return table(["setting", "default", "unit", "option", "what it does"], rows)
+        about = setting.help if setting.flag else f"{setting.help} (no option)"
+        rows.append([code(setting.name), f"{code(default)} {setting.unit}", about])
+    return table(["setting", "default", "what it does"], rows)
 
 
 def options() -> str:
