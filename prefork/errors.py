@@ -1,4 +1,4 @@
-"""Exceptions. Each that ends a program carries the exit code of the command (see `docs/reference/signals.md`).
+"""Exceptions. Each that ends a program carries the exit code of the command (see `docs/reference/exit-codes.md`).
 
 Each also carries the code of its message, such as `PF0102`. `str()` of an exception is without it; the command and the
 log print it at the end of the first line. `prefork --explain PF0102` shows the page of a code.

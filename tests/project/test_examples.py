@@ -307,15 +307,6 @@ def test_docstring_clients_work(example: Start, port: int, photo: Path, name: st
 # -- the reference -------------------------------------------------------------------------------------
 
 
-def test_exit_codes() -> None:
-    """docs/reference/signals.md gives each error's exit code as the errors themselves have it."""
-    found = dict(re.findall(r"^\| (\d+) \|.*?`(\w+Error)`", SIGNALS.read_text(encoding="utf-8"), re.MULTILINE))
-    for code, name in found.items():
-        kind = OSError if name == "OSError" else getattr(prefork.errors, name)
-        assert int(code) == getattr(kind, "exit_code", 1), name
-    assert set(found.values()) == {"OSError", "OptionError", "BootError", "ProgramError"}
-
-
 def test_examples_are_listed() -> None:
     """examples/README.md names each example, and no other file."""
     named = re.findall(
