@@ -278,14 +278,14 @@ def test_a_single_request_is_no_coroutine() -> None:
 
 
 def test_the_command(start: Start) -> None:
-    """The command serves a coroutine by its name; without --worker-class it says what is missing."""
+    """The command finds the class for a coroutine; where another is wanted, it says which one serves it."""
     files = {"app.py": "from kit import *\nLOOP = 'asyncio'\n" + PROGRAM}
     env = path_of_modules()
     words = ("prefork", "app:Stream", "-b", "tcp://127.0.0.1:0", "--workers", 2)
-    program = start(*words, "--worker-class", "asyncio", files=files, env=env).ready()
+    program = start(*words, files=files, env=env).ready()
     pids_serving(program.address, 2)
     program.finish()
-    program = start(*words, files=files, env=env, allow=[patterns.ANYTHING])
+    program = start(*words, "--worker-class", "sync", files=files, env=env, allow=[patterns.ANYTHING])
     assert program.wait_exit(10).code == 2
     assert "use worker_class 'asyncio'" in program.log
     program.finish(code=2)
