@@ -81,6 +81,11 @@ def _calls(named: Callable[..., Any]) -> tuple[CallShape, ...]:
 
 def _signature(named: Any, *, wrapped: bool) -> inspect.Signature | None:
     try:
+        if sys.version_info >= (3, 14):  # names of annotations may be there for type checkers only
+            import annotationlib
+
+            form = annotationlib.Format.FORWARDREF
+            return inspect.signature(named, follow_wrapped=wrapped, annotation_format=form)
         return inspect.signature(named, follow_wrapped=wrapped)
     except Exception:  # a builtin, or an object that answers for itself
         return None

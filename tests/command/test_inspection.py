@@ -4,6 +4,7 @@ import functools
 import http.server
 import operator
 import socketserver
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -223,6 +224,17 @@ OBJECTS: dict[str, tuple[Callable[[], Any], ProgramKind]] = {
     "nothing": (lambda: None, K.NOTHING),
     "a namespace": (types.SimpleNamespace, K.NOTHING),
 }
+
+
+def test_annotations_for_type_checkers() -> None:
+    """A name in an annotation that only a type checker sees does not hide the parameters."""
+    text = "def app(environ: WSGIEnvironment, start_response: StartResponse) -> Body: ...\n"
+    if sys.version_info < (3, 14):  # there a name that is not there is an error of the program
+        text = f"from __future__ import annotations\n{text}"
+    names: dict[str, Any] = {}
+    exec(text, names)
+    assert kind_of(describe(names["app"])) is K.WSGI
+    assert "environ" in shape(names["app"])
 
 
 @pytest.mark.parametrize("name", OBJECTS)
