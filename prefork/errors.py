@@ -4,6 +4,8 @@ Each also carries the code of its message, such as `PF0102`. `str()` of an excep
 log print it at the end of the first line. `prefork --explain PF0102` shows the page of a code.
 """
 
+import errno
+
 
 class PreforkError(Exception):
     """Base of every error that prefork raises itself.
@@ -54,10 +56,40 @@ class RequestTimeout(PreforkError):
     code = "PF0601"
 
 
-class UnixPathError(OSError):
-    """The path of a Unix socket cannot be had. It is the system's error, with the code of the message."""
+class CodedOSError(OSError):
+    """An error of the system with the code of its message."""
 
-    code = "PF0406"
+    def __init__(self, number: int | None, text: str, file: object, *, code: str) -> None:
+        super().__init__(number, text, file)
+        self.code = code
+
+
+_SYSTEM = {
+    errno.EADDRINUSE: "PF0401",
+    errno.EACCES: "PF0402",
+    errno.EPERM: "PF0402",
+    errno.EADDRNOTAVAIL: "PF0403",
+}
+
+
+def code_of(error: PreforkError | OSError) -> str:
+    """The code of an error that ends the command, or a reload. What the system says is about a listener there."""
+    code = getattr(error, "code", "")
+    if isinstance(code, str) and code:
+        return code
+    if isinstance(error, PreforkError):
+        return ""
+    if error.errno is not None and error.errno < 0:
+        return "PF0403"  # getaddrinfo() knows no such host
+    return _SYSTEM.get(error.errno or 0, "PF0406")
+
+
+def text_of(error: PreforkError | OSError) -> str:
+    """What went wrong, without the code. What the system says is about a listener."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" on {error.filename}" if error.filename else ""
+    return f"cannot listen{where}: {error.strerror or error}"
 
 
 def with_code(text: str, code: str) -> str:

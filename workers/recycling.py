@@ -4,6 +4,7 @@ Everything about it is here: the measurement, the decision and the message. The 
 """
 
 import math
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import prefork.kernel.logs as logs
 import prefork.link.uplink as uplink
 import prefork.rules.pacing as pacing
 from prefork.link.worker_context import WorkerContext
+from prefork.rules.worker_exit import worker_name
 
 log = logs.get("prefork")
 
@@ -49,7 +51,8 @@ class Recycling:
         self, context: WorkerContext, say: Callable[[bytes, str], None], memory: Callable[[], int] = own_memory
     ) -> None:
         options, dice = context.options, random.Random(context.seed)
-        self._slot, self._say, self._memory = context.slot, say, memory
+        self._say, self._memory = say, memory
+        self._name = worker_name(os.getpid(), context.slot, context.generation)
         self._max_requests = pacing.recycle_after(options.max_requests, options.requests_jitter, dice)
         self._max_memory = options.max_memory
         self._memory_at = 0.0  # when to measure it again
@@ -74,7 +77,7 @@ class Recycling:
                 memory = self._memory()
             except Exception as error:  # it is no fault of the request that was just served
                 self._memory_at = math.inf
-                log.warning("worker %d: max_memory has no effect; its memory cannot be told: %s", self._slot, error)
+                log.warning("%s cannot read its memory: %s; max_memory has no effect [PF0414]", self._name, error)
             else:
                 if memory > self._max_memory:
                     self.request(f"max_memory: {memory / 1048576:.1f} MiB of {self._max_memory / 1048576:.1f} MiB")

@@ -29,6 +29,7 @@ from prefork.errors import RequestTimeout
 from prefork.kernel.own_process import set_title
 from prefork.link.worker_context import INTERRUPT, WorkerContext
 from prefork.rules.states import Phase
+from prefork.rules.worker_exit import worker_name
 from prefork.workers.active_requests import ActiveRequest, ActiveRequests
 from prefork.workers.intake.acceptor import Accepted, Acceptor
 from prefork.workers.lifecycle import ToldToLeave, exit_code
@@ -76,7 +77,7 @@ class Worker:
     ----------
     servers, server (the first of them), slot (a stable small number, unique among live workers), generation, options,
     draining, quitting (draining, and in a hurry), pool_drains, drain_fd (for any wait), acceptor (for a loop that waits
-    for more than listeners)
+    for more than listeners), log_name (for texts of the log)
 
     Inherited by the fork: everything the master held before it, apart from its threads and its own descriptors. A
     connection to a database that was opened before the fork is shared with the siblings, and breaks: open it in
@@ -159,6 +160,11 @@ class Worker:
         """Close what `setup()` opened. Called after `run()` has returned."""
 
     # -- to be called ----------------------------------------------------------------------------------------------
+
+    @property
+    def log_name(self) -> str:
+        """This worker in a text of the log: `worker 1234 (slot 0, generation 1)`."""
+        return worker_name(os.getpid(), self.slot, self.generation)
 
     @property
     def acceptor(self) -> Acceptor:

@@ -64,9 +64,9 @@ class BindAddress:
             if text.startswith(scheme):
                 return _internet(text, text[len(scheme) :], scheme, kind)
         if match := _HTTP.fullmatch(text):
-            raise OptionError(f"--bind: {text!r} is a URL; {_instead_of_url(match)}")
+            raise OptionError(f"--bind: {text!r} is a URL; {_instead_of_url(match)}", code="PF0103")
         if "://" in text or text.startswith(("fd:", "systemd")):
-            raise OptionError(f"--bind: {text!r} is no address; {_FORMS}")
+            raise OptionError(f"--bind: {text!r} is no address; {_FORMS}", code="PF0103")
         if "/" in text:
             return _unix(text, text, "", 0, place)
         return _internet(text, text, "", 0)
@@ -117,7 +117,8 @@ def default_address(port: str) -> BindAddress:
         return BindAddress(socket.AF_INET, 0, ("127.0.0.1", DEFAULT_PORT), f"127.0.0.1:{DEFAULT_PORT}")
     if not _is_port(text):
         raise OptionError(
-            f"PORT in the environment is {port!r}, which is no port; set it to 0 to 65535, or type -b HOST:PORT"
+            f"PORT in the environment is {port!r}, which is no port; set it to 0 to 65535, or type -b HOST:PORT",
+            code="PF0103",
         )
     return BindAddress(socket.AF_INET, 0, ("0.0.0.0", int(text)), f"0.0.0.0:{text}")
 
@@ -126,12 +127,15 @@ def _unix(text: str, path: str, scheme: str, kind: int, place: ProgramDirectory)
     if path.startswith("//"):  # as a URL: unix:///run/name.sock
         path = "/" + path.lstrip("/")
     if not path or path == "/":
-        raise OptionError(f"--bind: {text!r} names no path; write {scheme}/run/name.sock")
+        raise OptionError(f"--bind: {text!r} names no path; write {scheme}/run/name.sock", code="PF0103")
     if path.endswith("/") or (path[0] != "@" and os.path.isdir(place.absolute(path))):
-        raise OptionError(f"--bind: {text!r} is a directory; add the name of the socket: {text.rstrip('/')}/name.sock")
+        raise OptionError(
+            f"--bind: {text!r} is a directory; add the name of the socket: {text.rstrip('/')}/name.sock", code="PF0103"
+        )
     if len(os.fsencode(path)) > UNIX_PATH:
         raise OptionError(
-            f"--bind: the path in {text!r} is longer than the {UNIX_PATH} bytes a Unix socket may have; use a short one"
+            f"--bind: the path in {text!r} is longer than the {UNIX_PATH} bytes of a Unix socket; use a shorter one",
+            code="PF0103",
         )
     if path[0] == "@":
         return BindAddress(socket.AF_UNIX, kind, _abstract(path, text), text)
@@ -143,9 +147,11 @@ def _unix(text: str, path: str, scheme: str, kind: int, place: ProgramDirectory)
 
 def _abstract(path: str, text: str) -> str:
     if sys.platform != "linux":
-        raise OptionError(f"--bind: {text!r} names an abstract socket, which only Linux has; write ./{path} for a file")
+        raise OptionError(
+            f"--bind: {text!r} names an abstract socket, which only Linux has; write ./{path} for a file", code="PF0103"
+        )
     if path == "@":
-        raise OptionError(f"--bind: {text!r} names no socket; write {text}name")
+        raise OptionError(f"--bind: {text!r} names no socket; write {text}name", code="PF0103")
     return "\0" + path[1:]
 
 
@@ -155,13 +161,15 @@ def _internet(text: str, rest: str, scheme: str, kind: int) -> BindAddress:
         host, colon = "127.0.0.1", ":"
     bracketed = host.startswith("[") and host.endswith("]")
     if rest.count(":") > 1 and not bracketed and not (rest.startswith("[") and rest.endswith("]")):
-        raise OptionError(f"--bind: {text!r}: write an IPv6 address in brackets: {_with_brackets(rest, scheme)}")
+        raise OptionError(
+            f"--bind: {text!r}: write an IPv6 address in brackets: {_with_brackets(rest, scheme)}", code="PF0103"
+        )
     if not colon or (rest.startswith("[") and not bracketed):
         if not scheme and not _looks_like_host(rest):
-            raise OptionError(f"--bind: {text!r} is no address; {_FORMS}{_file_hint(rest)}")
-        raise OptionError(f"--bind: {text!r} names no port; write {scheme}{rest}:{DEFAULT_PORT}")
+            raise OptionError(f"--bind: {text!r} is no address; {_FORMS}{_file_hint(rest)}", code="PF0103")
+        raise OptionError(f"--bind: {text!r} names no port; write {scheme}{rest}:{DEFAULT_PORT}", code="PF0103")
     if not _is_port(port):
-        raise OptionError(f"--bind: {port!r} in {text!r} is no port; use 0 to 65535")
+        raise OptionError(f"--bind: {port!r} in {text!r} is no port; use 0 to 65535", code="PF0103")
     family = socket.AF_INET6 if bracketed else socket.AF_INET
     name = host[1:-1] if bracketed else host
     return BindAddress(family, kind, ("0.0.0.0" if name in ("", "*") and not bracketed else name, int(port)), text)

@@ -20,7 +20,7 @@ import prefork.workers.lifecycle as lifecycle
 from prefork.command.addresses import BindAddress, BindAddresses
 from prefork.command.first_lines import first_lines, url
 from prefork.command.program import FILE_SETTINGS, Program
-from prefork.errors import OptionError, PreforkError, ProgramError
+from prefork.errors import OptionError, PreforkError, ProgramError, code_of, with_code
 from prefork.kernel.listener import describe
 from prefork.kernel.own_process import set_title
 from prefork.kernel.program_directory import ProgramDirectory
@@ -66,7 +66,7 @@ def _fail(error: PreforkError | OSError, program: str = "") -> int:
     text = _text_of(error)
     if isinstance(error, ProgramError) and not text.startswith(f"{program.partition(':')[0]}:"):
         text = f"{program}: {text}"
-    log_stderr.write(f"prefork: error: {text}\n")
+    log_stderr.write(f"prefork: error: {with_code(text, code_of(error))}\n")
     return error.exit_code if isinstance(error, PreforkError) else 1
 
 
@@ -95,7 +95,7 @@ def _serve(given: argparse.Namespace) -> int:
     try:
         place = ProgramDirectory(given.chdir)
     except OSError as error:
-        raise OptionError(f"--chdir: cannot change to {given.chdir!r}: {error.strerror}") from None
+        raise OptionError(f"--chdir: cannot change to {given.chdir!r}: {error.strerror}", code="PF0130") from None
     options = Options(flags)
     addresses = BindAddresses(tuple(BindAddress.parse(text, place) for text in given.bind), os.environ.get("PORT", ""))
     file_settings = [name for name in FILE_SETTINGS if name in flags]

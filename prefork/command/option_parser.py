@@ -78,10 +78,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             _refuse(match[1], known)
     given, rest = parser.parse_known_args(list(words))
     if given.program is None:
-        raise OptionError("name the program: prefork MODULE:NAME, such as prefork app:app for `app` in app.py")
+        raise OptionError(
+            "name the program: prefork MODULE:NAME, such as prefork app:app for `app` in app.py", code="PF0101"
+        )
     if rest:
         hint = f"for an address type -b {rest[0]}" if re.search(r"^\d+$|/|:\d+$", rest[0]) else "there is one program"
-        raise OptionError(f"{rest[0]!r} is too much after the program {given.program!r}; {hint}")
+        raise OptionError(f"{rest[0]!r} is too much after the program {given.program!r}; {hint}", code="PF0101")
     return given
 
 
@@ -92,15 +94,17 @@ def _is_known(name: str, word: str, known: Sequence[str]) -> bool:
 def _refuse(name: str, known: Sequence[str]) -> NoReturn:
     """Raise for an option that prefork does not have."""
     if text := foreign_options.refusal(name):
-        raise OptionError(text)
+        raise OptionError(text, code="PF0101")
     import difflib  # only an error needs it
 
     foreign = [name for row in foreign_options.REFUSED for name in row.names]
     if close := difflib.get_close_matches(name, known, 1, 0.7):
-        raise OptionError(f"there is no option {name}; did you mean {close[0]}?")
+        raise OptionError(f"there is no option {name}; did you mean {close[0]}?", code="PF0101")
     if close := difflib.get_close_matches(name, foreign, 1, 0.85):
-        raise OptionError(f"there is no option {name}; did you mean {close[0]}? {foreign_options.refusal(close[0])}")
-    raise OptionError(f"there is no option {name}; see prefork --help")
+        raise OptionError(
+            f"there is no option {name}; did you mean {close[0]}? {foreign_options.refusal(close[0])}", code="PF0101"
+        )
+    raise OptionError(f"there is no option {name}; see prefork --help", code="PF0101")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ import prefork.kernel.processes as processes
 import prefork.kernel.unix_path as unix_path
 import prefork.link.lifeline as lifeline
 import prefork.link.worker_pipes as worker_pipes
-from prefork.errors import OptionError, PreforkError, ProgramError
+from prefork.errors import CodedOSError, OptionError, PreforkError, ProgramError, code_of
 from prefork.kernel.own_process import set_title
 from prefork.settings.settings import Options
 from prefork.workers.lifecycle import ABANDONED, ToldToLeave, leave_if_told
@@ -144,10 +144,11 @@ class ProgramProbe:
         if answer is None:
             self.abandon()
             if self._closed:
-                raise ProgramError("its import ended the process")
+                raise ProgramError("its import ended the process", code="PF0126")
             raise ProgramError(
                 f"it was not imported within {self.timeout:g} s (boot_timeout); a module that serves by itself does so "
-                "under `if __name__ == '__main__':`"
+                "under `if __name__ == '__main__':`",
+                code="PF0125",
             )
         self._leave(END_TIMEOUT)
         if "error" in answer:
@@ -156,13 +157,13 @@ class ProgramProbe:
         fds, self._fds = self._fds, []
         return answer, fds
 
-    def result(self) -> Options | str:
+    def result(self) -> Options | PreforkError | OSError:
         """The options of the new generation, or why there are none. The child is to leave, as after `finish()`."""
         try:
             answer, _ = self.finish()
             return self._make_options(answer)
         except (PreforkError, OSError) as error:
-            return str(error)
+            return error
 
     def abandon(self) -> None:
         """Have the child leave soon, whatever it does. It may be over already."""
@@ -217,9 +218,9 @@ def _answer(work: Work, to: socket.socket) -> None:
     except ToldToLeave:
         raise
     except ProgramError as error:
-        answer = {"error": "program", "text": str(error)}
+        answer = {"error": "program", "text": str(error), "code": error.code}
     except PreforkError as error:
-        answer = {"error": "options", "text": str(error)}
+        answer = {"error": "options", "text": str(error), "code": error.code}
     except OSError as error:
         answer = _of_the_system(error)
         if error.errno is None or not _about_binding():
@@ -235,7 +236,8 @@ def _answer(work: Work, to: socket.socket) -> None:
 
 
 def _of_the_system(error: OSError) -> dict[str, Any]:
-    return {"error": "system", "errno": error.errno, "text": error.strerror or str(error), "file": error.filename}
+    text, code = error.strerror or str(error), code_of(error)
+    return {"error": "system", "errno": error.errno, "text": text, "file": error.filename, "code": code}
 
 
 def _send(to: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
@@ -256,13 +258,13 @@ def _about_binding() -> bool:
     return bool(names & {"server_bind", "server_activate"})
 
 
-def _error(answer: dict[str, Any]) -> Exception:
-    text = answer["text"]
+def _error(answer: dict[str, Any]) -> PreforkError | OSError:
+    text, code = answer["text"], answer.get("code", "")
     if answer["error"] == "program":
-        return ProgramError(text)
+        return ProgramError(text, code=code)
     if answer["error"] == "options":
-        return OptionError(text)
-    return OSError(answer["errno"], text, answer.get("file"))
+        return OptionError(text, code=code)
+    return CodedOSError(answer["errno"], text, answer.get("file"), code=code)
 
 
 def own_traceback() -> str:

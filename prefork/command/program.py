@@ -97,7 +97,7 @@ class Program:
         if isinstance(self._worker_class, str):
             typed, self._worker_class = self._worker_class, worker_class.reference(self._worker_class)
             if typed == self._worker_class and (text := foreign_options.class_refusal(typed)):
-                raise OptionError(text)
+                raise OptionError(text, code="PF0109")
             if self._worker_class in worker_class.CLASSES.values():
                 worker_class.resolve(self._worker_class)  # imported here, once, and before the program
         probe = self._begin(self._first_probe, timeout)
@@ -161,7 +161,7 @@ class Program:
         options = self.options_of(answer["settings"])
         for name in _LASTING:
             if name not in self._flags and answer["settings"].get(name) != self.settings.get(name):
-                log.warning("%s: a change takes a new start; the socket's file is there already", name)
+                log.warning("%s: a change needs a restart [PF0306]", name)
         self._import(answer)
         summary = ProgramSummary(*answer["summary"])
         if summary != self.summary:
@@ -200,7 +200,8 @@ class Program:
         for name, module in import_path.shadowing.items():  # a worker could not import what was imported here
             file = getattr(module, "__file__", None)
             raise ProgramError(
-                f"{file or name} has the name of a standard module that its worker_class needs; rename it"
+                f"{file or name} has the name of a standard module that its worker_class needs; rename it",
+                code="PF0127",
             )
         return served
 
@@ -223,10 +224,11 @@ class Program:
                 if len(bound) != len(asked):
                     raise ProgramError(
                         f"{program.name} is not the only server that is made: another one is bound, and no worker "
-                        "could have it; name that one, or make it under `if __name__ == '__main__':`"
+                        "could have it; name that one, or make it under `if __name__ == '__main__':`",
+                        code="PF0128",
                     )
                 if len(bound) != len(servers):
-                    raise ProgramError(f"{self.target} returned a server that is not bound")
+                    raise ProgramError(f"{self.target} returned a server that is not bound", code="PF0128")
                 claims = [getattr(made, "_claim", None) for made, _ in bound]
                 handed = [claim and claim.hand_over() for claim in claims]
                 settings = _settings_of(program)
@@ -257,7 +259,7 @@ class Program:
             for sock in self.sockets:
                 sock.close()  # this child may be there for a while yet
         if len(asked) < len(self._asked):
-            raise OptionError("the program now serves fewer addresses; that takes a new start")
+            raise OptionError("the program now serves fewer addresses; that needs a restart", code="PF0303")
         return {"settings": settings, "summary": ProgramSummary.of(program), "modules": _own_modules()}, []
 
 

@@ -88,7 +88,9 @@ def make_servers(
         name, named = f"{name}()", called
         kind = _kind(named, given)
         if kind in (*_FACTORIES, ProgramKind.NOTHING):
-            raise ProgramError(f"{name} returned {_shown(named)}: no application, no handler class and no server")
+            raise ProgramError(
+                f"{name} returned {_shown(named)}: no application, no handler class and no server", code="PF0124"
+            )
     _refuse(name, named, kind, given)
     if kind is ProgramKind.SERVER:
         _refuse_address(name, addresses)
@@ -123,7 +125,9 @@ def _own_class(name: str, kind: ProgramKind, servers: list[Any]) -> type[Worker]
     try:
         return worker_class.resolve(kind.worker_class)
     except OptionError as error:  # a library is missing
-        raise OptionError(f"{name} is {kind.value}; {str(error).removeprefix('worker_class: ')}") from None
+        raise OptionError(
+            f"{name} is {kind.value}; {str(error).removeprefix('worker_class: ')}", code=error.code
+        ) from None
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
@@ -134,17 +138,22 @@ def _refuse(name: str, named: Any, kind: ProgramKind, given: type[Worker] | None
     other sort."""
     if kind is ProgramKind.NOTHING:
         if isinstance(named, types.ModuleType):
-            raise ProgramError(f"{name} is a module; type prefork {named.__name__}, or {named.__name__}:NAME")
-        raise ProgramError(f"{name} is {_shown(named)}: no application, no handler class, no server and no factory")
+            raise ProgramError(
+                f"{name} is a module; type prefork {named.__name__}, or {named.__name__}:NAME", code="PF0124"
+            )
+        raise ProgramError(
+            f"{name} is {_shown(named)}: no application, no handler class, no server and no factory", code="PF0124"
+        )
     if kind is ProgramKind.UNKNOWN and (given is None or not given.application):
         seen = shape(named)
         mend = "type -k wsgi or -k asgi for an application, or name a handler class"
         if seen.startswith("a coroutine"):
             mend = "an ASGI application takes (scope, receive, send), and a factory is a plain function"
-        raise OptionError(f"{name} is {seen}, and prefork cannot tell what it serves; {mend}")
+        raise OptionError(f"{name} is {seen}, and prefork cannot tell what it serves; {mend}", code="PF0105")
     if kind is ProgramKind.ASGI_2 and given is None:
         raise OptionError(
-            f"{name} is {shape(named)}, {kind.value}; make it async (scope, receive, send), or type -k asgi"
+            f"{name} is {shape(named)}, {kind.value}; make it async (scope, receive, send), or type -k asgi",
+            code="PF0105",
         )
     if given is None:
         return
@@ -153,18 +162,20 @@ def _refuse(name: str, named: Any, kind: ProgramKind, given: type[Worker] | None
     if is_other or (kind.is_application and not given.application):
         raise OptionError(
             f"{name} is {kind.value}, which the worker class {typed} does not serve; leave -k out, or type "
-            f"-k {kind.worker_class}"
+            f"-k {kind.worker_class}",
+            code="PF0105",
         )
     if kind.is_handler and given.application:
         raise OptionError(
             f"{name} is {kind.value}, and the worker class {typed} serves applications; leave -k out, or type "
-            f"-k {kind.worker_class}"
+            f"-k {kind.worker_class}",
+            code="PF0105",
         )
 
 
 def _refuse_address(name: str, addresses: BindAddresses) -> None:
     if addresses.typed:
-        raise OptionError(f"{name} has an address already; leave -b out")
+        raise OptionError(f"{name} has an address already; leave -b out", code="PF0104")
 
 
 def _shown(named: Any) -> str:
@@ -201,13 +212,13 @@ def _result(call: str, factory: Any, *address: Any) -> Any:
         raise
     except Exception:
         why = "; a factory of servers takes an address, that of an application takes nothing" if address else ""
-        raise ProgramError(f"{call} raised{why}\n{own_traceback()}") from None
+        raise ProgramError(f"{call} raised{why}\n{own_traceback()}", code="PF0124") from None
 
 
 def _servers(call: str, returned: Any) -> list[Any]:
     servers = list(returned) if isinstance(returned, list | tuple) else [returned]
     if not servers or not all(isinstance(server, socketserver.BaseServer) for server in servers):
-        raise ProgramError(f"{call} returned {_shown(returned)}, which is no server")
+        raise ProgramError(f"{call} returned {_shown(returned)}, which is no server", code="PF0124")
     return servers
 
 
@@ -240,7 +251,7 @@ def _servers_of_class(kind: type[Any], addresses: BindAddresses) -> list[Any]:
     if not issubclass(kind, mixin.PreforkMixIn):
         kind = type(kind.__name__, (mixin.PreforkMixIn, kind), {})
     if not addresses.typed and kind.address_family == socket.AF_UNIX:
-        raise OptionError(f"{kind.__name__} serves Unix sockets; add -b unix:/run/name.sock")
+        raise OptionError(f"{kind.__name__} serves Unix sockets; add -b unix:/run/name.sock", code="PF0104")
     handler = getattr(kind, "RequestHandlerClass", None)
     needed = addresses.of_kind(getattr(kind, "socket_type", socket.SOCK_STREAM))
     try:
@@ -249,7 +260,7 @@ def _servers_of_class(kind: type[Any], addresses: BindAddresses) -> list[Any]:
         mend = (
             "set RequestHandlerClass in it, or name the handler class" if handler is None else "take (address, handler)"
         )
-        raise OptionError(f"{kind.__name__} cannot be made for an address: {error}; {mend}") from None
+        raise OptionError(f"{kind.__name__} cannot be made for an address: {error}; {mend}", code="PF0104") from None
     except ValueError:
         pass  # it tells nothing about its parameters
     return [_make_server(kind, address, handler) for address in needed]
@@ -258,9 +269,13 @@ def _servers_of_class(kind: type[Any], addresses: BindAddresses) -> list[Any]:
 def _make_server(kind: type[Any], address: BindAddress, handler: Any) -> Any:
     """A server of a class, at one address of the command line."""
     if getattr(kind, "socket_type", address.kind) != address.kind:
-        raise OptionError(f"{kind.__name__} cannot serve {address.text}: the one takes streams, the other datagrams")
+        raise OptionError(
+            f"{kind.__name__} cannot serve {address.text}: the one takes streams, the other datagrams", code="PF0104"
+        )
     if (kind.address_family == socket.AF_UNIX) != (address.family == socket.AF_UNIX):
-        raise OptionError(f"{kind.__name__} cannot serve {address.text}: it is of another address family")
+        raise OptionError(
+            f"{kind.__name__} cannot serve {address.text}: it is of another address family", code="PF0104"
+        )
     if address.family != kind.address_family:
         kind = type(kind.__name__, (kind,), {"address_family": address.family})
     try:

@@ -98,7 +98,7 @@ def by_address(addresses: list[object], sockets: list[socket.socket]) -> Take:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(server.server_address)
         where = listener.describe_address(server.address_family, server.socket_type, server.server_address)
-        raise OptionError(f"the program now wants {where}; other addresses take a new start")
+        raise OptionError(f"the program now wants {where}; other addresses need a restart", code="PF0303")
 
     return take
 

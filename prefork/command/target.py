@@ -44,17 +44,21 @@ def load(target: str, place: ProgramDirectory) -> tuple[str, Any]:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             head, dot, tail = module_name.rpartition(".")
             hint = f"; did you mean {head}:{tail}?" if dot and not name else _similar_module(module_name, place)
-            raise ProgramError(f"there is no module {error.name!r} in {place} or on the module path{hint}") from None
-        raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
+            raise ProgramError(
+                f"there is no module {error.name!r} in {place} or on the module path{hint}", code="PF0121"
+            ) from None
+        raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}", code="PF0122") from None
     except BaseException:
-        raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}") from None
+        raise ProgramError(f"{module_name!r} cannot be imported\n{own_traceback()}", code="PF0122") from None
     name = name or _usual_name(module)
     named: Any = module
     for part in name.split("."):
         try:
             named = getattr(named, part)
         except AttributeError:
-            raise ProgramError(f"module {module_name!r} has no {name!r}{_similar_name(module, name)}") from None
+            raise ProgramError(
+                f"module {module_name!r} has no {name!r}{_similar_name(module, name)}", code="PF0123"
+            ) from None
     if not is_call:
         return f"{module_name}:{name}", named
     try:
@@ -73,16 +77,19 @@ def parse(target: str) -> tuple[str, bool, str]:
     """
     module_name, colon, name = target.partition(":")
     if "/" in module_name or module_name.endswith(".py"):
-        raise OptionError(f"{target!r} is the name of a file; {_instead_of_file(target)}")
+        raise OptionError(f"{target!r} is the name of a file; {_instead_of_file(target)}", code="PF0129")
     is_call = name.endswith("()")
     name = name.removesuffix("()")
     if "(" in name:
         raise OptionError(
-            f"{target!r}: a call takes no arguments here; write a function that makes the application, and name that"
+            f"{target!r}: a call takes no arguments here; write a function that makes the application, and name that",
+            code="PF0129",
         )
     parts = [*module_name.split("."), *(name.split(".") if colon else [])]
     if not all(part.isidentifier() for part in parts):
-        raise OptionError(f"{target!r} is no program; write MODULE:NAME, such as app:app for `app` in app.py")
+        raise OptionError(
+            f"{target!r} is no program; write MODULE:NAME, such as app:app for `app` in app.py", code="PF0129"
+        )
     return module_name, is_call, name
 
 
@@ -109,7 +116,8 @@ def _usual_name(module: types.ModuleType) -> str:
                 break
     raise ProgramError(
         f"module {module.__name__!r} has no {', '.join(NAMES[:-1])} or {NAMES[-1]}"
-        + (inner or f"; type prefork {module.__name__}:NAME")
+        + (inner or f"; type prefork {module.__name__}:NAME"),
+        code="PF0123",
     )
 
 
@@ -151,4 +159,6 @@ def _refuse_shadowed(name: str) -> None:
     file = getattr(imported, "__file__", None)
     if spec is not None and spec.origin and os.path.realpath(spec.origin) != os.path.realpath(file or ""):
         other = f"{file}, which prefork stands on" if file else "a module that is built into Python"
-        raise ProgramError(f"{spec.origin} cannot be imported: {name!r} is the name of {other}; rename it")
+        raise ProgramError(
+            f"{spec.origin} cannot be imported: {name!r} is the name of {other}; rename it", code="PF0127"
+        )

@@ -25,4 +25,6 @@ class AccessFile:
     def write(self, line: str) -> None:
         if not self._writer.write(line.encode("utf-8", "backslashreplace")) and monotonic() >= self._say_at:
             self._say_at = monotonic() + 60.0
-            logs.get("prefork").warning("access lines are dropped: %s: %s", self._writer.where, self._writer.reason)
+            logs.get("prefork").warning(
+                "access lines are dropped: %s: %s [PF0502]", self._writer.where, self._writer.reason
+            )

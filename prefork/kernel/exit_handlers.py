@@ -75,7 +75,9 @@ def run(patience: float | None = None, late: Callable[[str], None] | None = None
     _pid = 0
     names = _thread_names()
     if names and patience is None and late is not None:
-        timer = threading.Timer(_LATE, lambda: late(f"at its end it waits for threads: {', '.join(_thread_names())}\n"))
+        timer = threading.Timer(
+            _LATE, lambda: late(f"at its end it waits for these threads: {', '.join(_thread_names())}\n")
+        )
         timer.daemon = True
         timer.start()
     if patience is None:

@@ -137,7 +137,8 @@ def blame(culprit: object, error: BaseException | None) -> None:
         name = (
             f"the handler {type(culprit).__name__}" if isinstance(culprit, logging.Handler) else "a filter or a class"
         )
-        log_stderr.say(f"logging: {name} of the program has failed: {error!r}; what no handler takes is logged here")
+        text = f"logging: {name} of the program failed: {error!r}; records that no handler takes are written here"
+        log_stderr.say(f"{text} [PF0504]")
 
 
 def all_handlers() -> list[logging.Handler]:

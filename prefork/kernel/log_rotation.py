@@ -21,7 +21,7 @@ def reopen() -> None:
             except (OSError, ValueError) as error:
                 problems.append(f"{handler.baseFilename} cannot be opened again: {error}")
     for problem in problems:
-        log_stderr.say(problem)
+        log_stderr.say(f"{problem}; the file that is open is used further [PF0503]")
 
 
 def _reopen(fd: int, path: str) -> None:

@@ -51,7 +51,7 @@ class Background:
             if not self._stuck_was_said:
                 self._stuck_was_said = True
                 text = f"logging: a handler of the program has not returned for {STUCK_AFTER:g} s"
-                log_stderr.say(f"{text}; meanwhile the log is here")
+                log_stderr.say(f"{text}; until it returns, the log is written here [PF0505]")
             if log_delivery.targets(logger, record)[0]:
                 log_stderr.say_record(record)
             return
@@ -61,7 +61,7 @@ class Background:
             return
         if count := self._dropped:
             self._dropped = 0
-            text = "logging: %d records were dropped, handlers of the program are too slow"
+            text = "logging: %d records were dropped because handlers of the program are too slow [PF0506]"
             note = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (count,), None)
             self._add((logger, note))
         self._add((logger, record))

@@ -120,7 +120,9 @@ class Writer:
         """Report what was dropped. False: the report does not fit either."""
         dropped, note = self.dropped, "\n" if self._cut else ""
         if dropped:
-            note += f"prefork[{os.getpid()}]: {dropped} {self.what} were dropped, {self.where} was full\n"
+            note += (
+                f"prefork[{os.getpid()}]: {dropped} {self.what} were dropped because {self.where} was full [PF0501]\n"
+            )
         if note:
             if not self._put(note.encode("utf-8", "backslashreplace")):
                 return False

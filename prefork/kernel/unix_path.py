@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import prefork.kernel.private_fds as private_fds
-from prefork.errors import OptionError
+from prefork.errors import CodedOSError, OptionError
 
 _LOCK = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -70,7 +70,7 @@ class Claim:
                 pass
             except BlockingIOError:
                 private_fds.close([fd])
-                raise OSError(errno.EADDRINUSE, "another server is running on this path", self.path) from None
+                raise self._in_use() from None
             except BaseException:
                 if is_new:  # another process that has opened it meanwhile still finds out whether the path is in use
                     with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ class Claim:
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(file.st_mode):
-            raise OSError(errno.EADDRINUSE, "the path exists and is no socket", self.path)
+            raise CodedOSError(errno.EADDRINUSE, "the path exists and is not a socket", self.path, code="PF0405")
         with socket.socket(socket.AF_UNIX, kind) as probe:
             probe.setblocking(False)
             try:
@@ -99,7 +99,10 @@ class Claim:
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
                     raise
-        raise OSError(errno.EADDRINUSE, "another server is running on this path", self.path)
+        raise self._in_use()
+
+    def _in_use(self) -> CodedOSError:
+        return CodedOSError(errno.EADDRINUSE, "another server is running on this path", self.path, code="PF0404")
 
     def bound(self) -> None:
         """Remember which file is ours. Call it right after the bind."""
@@ -121,12 +124,12 @@ class Claim:
                 name = f"/proc/self/fd/{fd}"
         try:
             if _identity(os.stat(name)) != self._file:
-                raise OSError(errno.EADDRINUSE, "another server has taken this path", self.path)
+                raise self._in_use()
             try:
                 os.chown(name, -1, group)
             except OSError as error:
-                why = f"it cannot be given to group {group}: {error.strerror}"
-                raise OSError(error.errno, why, self.path) from None
+                why = f"its group cannot be set to {group}: {error.strerror}"
+                raise CodedOSError(error.errno, why, self.path, code="PF0416") from None
             os.chmod(name, mode)
         finally:
             if fd >= 0:

@@ -32,7 +32,8 @@ def refuse_patched(names: tuple[str, ...], what: str, mend: str) -> None:
     patched = [name for name in names if gevent is not None and gevent.is_module_patched(name)]
     if patched:
         raise OptionError(
-            f"the program has patched {' and '.join(patched)} (gevent.monkey), with which {what} does not work; {mend}"
+            f"the program has patched {' and '.join(patched)} (gevent.monkey); {what} does not work with that; {mend}",
+            code="PF0108",
         )
 
 

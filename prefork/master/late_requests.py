@@ -40,7 +40,8 @@ class Judge:
                 readings.append(Reading(member.pid, deadline, interrupted, self._board.threads(member.slot)))
         verdicts, self.due = self._deadlines.judge(now, readings)
         for pid in verdicts.interrupt:
-            log.warning("worker %d (pid %d): its request is past its deadline", self._pool.members[pid].slot, pid)
+            name = self._roster.handles[pid].name
+            log.warning("%s: a request is past its deadline; it is interrupted by RequestTimeout [PF0601]", name)
             self._roster.send(pid, INTERRUPT)
         for pid in verdicts.condemn:
             self._pool.condemn(pid, Reason.REQUEST_TIMEOUT, now)

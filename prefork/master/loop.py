@@ -30,6 +30,7 @@ import prefork.kernel.log_rotation as log_rotation
 import prefork.kernel.logs as logs
 import prefork.kernel.signal_inbox as signal_inbox
 import prefork.link.lifeline as lifeline
+import prefork.master.pool_log as pool_log
 import prefork.rules.pacing as pacing
 import prefork.rules.pool as pool
 import prefork.rules.stop_sequence as stop_sequence
@@ -250,10 +251,15 @@ class Master:
 
     def resize(self, size: int) -> None:
         """Change the number of workers. One that is out of range is the nearest that is not."""
-        size = min(max(1, size), MAX_WORKERS)
-        if size != self.pool.size:
-            log.info("workers wanted: %d, was %d", size, self.pool.size)
-            self.pool.resize(size)
+        wanted, now = min(max(1, size), MAX_WORKERS), self.pool.size
+        if self._stop.begun:
+            log.warning("resize ignored: the pool stops [PF0309]")
+        elif wanted != now:
+            log.info("resize: the pool is to have %d workers, before: %d", wanted, now)
+            self.pool.resize(wanted)
+        elif wanted != size:
+            text = "resize ignored: the number of workers stays %d; 1 to %d is possible [PF0307]"
+            log.warning(text, now, MAX_WORKERS)
 
     def recycle(self, slot: int) -> int | None:
         """Replace the worker of a slot. Returns its pid; None: no worker serves there."""
@@ -287,13 +293,13 @@ class Master:
             self._service,
             self._serve_control,
         ):
-            with self._guard.protect("the master's loop failed at %s; it goes on", step.__name__):
+            with self._guard.protect("the master failed at %s(); it goes on [PF0410]", step.__name__):
                 step(now)
 
     def _sleep(self) -> None:
         """Until something happens or the next deadline."""
         due: float | None = self._turned_at
-        with self._guard.protect("the master's loop failed at its deadlines; it goes on"):
+        with self._guard.protect("the master failed at its deadlines; it goes on [PF0410]"):
             due = self._next_deadline()
         self._attention.expect(due, self._turned_at)
         if self._guard.forgive():
@@ -302,10 +308,10 @@ class Master:
         timeout = None if due is None else min(max(0.0, due - time.monotonic()), LONGEST_SLEEP)
         callbacks, arrived = self._inbox.wait(0.0 if self._asked else timeout)
         for callback in callbacks:
-            with self._guard.protect("the master's loop failed at what a worker said; it goes on"):
+            with self._guard.protect("the master failed at a message of a worker; it goes on [PF0410]"):
                 callback()
         for signum in arrived:
-            with self._guard.protect("%s could not be obeyed", signum.name):
+            with self._guard.protect("the master failed at %s; it goes on [PF0410]", signum.name):
                 self._obey(signum)
 
     def _next_deadline(self) -> float | None:
@@ -325,7 +331,7 @@ class Master:
 
     def _notice_absence(self, now: float) -> None:
         if missed := self._attention.missed(now):
-            log.warning("the master did not run for %.1f s; all deadlines are extended by that", missed)
+            log.warning("the master did not run for %.1f s; all deadlines are extended by that time [PF0413]", missed)
             self.pool.grant(missed)
             self._judge.grant(now, missed)
 
@@ -350,22 +356,13 @@ class Master:
         events, self.pool.events = self.pool.events, []
         for event, generation in events:
             self._reload.happened(event, generation, now, self._reaper.last_said(generation))
-            if event is pool.PoolEvent.READY:
-                took = now - self._began
-                log.info("pool ready: %d workers, generation %d, %.3f s", self.pool.size, generation, took)
-            elif event is pool.PoolEvent.RELOAD_BEGINS:
-                log.info("reload: generation %d begins", generation)
-            elif event is pool.PoolEvent.RELOAD_SERVES:
-                log.info("reload: generation %d serves", generation)
-            else:
-                good = self.pool.generation
-                log.error("reload failed: generation %d did not boot; generation %d serves on", generation, good)
+            pool_log.tell(self.pool, event, generation, now - self._began)
 
     def _service(self, now: float) -> None:
         if self._poll_interval is None or now < self._poll_at:
             return
         self._poll_at = now + max(SHORTEST_POLL, self._poll_interval)
-        with self._guard.protect_hook("service_actions() raised; the pool goes on"):
+        with self._guard.protect_hook("service_actions() raised; the pool serves on [PF0701]"):
             self.hooks.service_actions()
 
     def _serve_control(self, now: float) -> None:
@@ -377,7 +374,7 @@ class Master:
     def _obey(self, signum: signal.Signals) -> None:
         if signum is signal.SIGCHLD:
             return  # it has waked the loop, which looks for exits in each turn
-        log.info("%s", signum.name)
+        log.info("received %s", signum.name)
         if stage := stop_sequence.ESCALATION.get((signum.name, self._stop.stage)):
             self._stop.escalate(stage)
         elif signum is signal.SIGHUP:

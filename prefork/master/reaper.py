@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import prefork.kernel.logs as logs
 import prefork.kernel.processes as processes
+from prefork.errors import with_code
 from prefork.link.scoreboard import Entry, Scoreboard
 from prefork.master.error_guard import Guard
 from prefork.master.roster import Roster
@@ -80,7 +81,7 @@ class Reaper:
         if sweep:
             self.due = None
         for handle in list(self._roster.handles.values()):
-            with self._guard.protect("worker %d (pid %d) cannot be collected", handle.slot, handle.child.pid):
+            with self._guard.protect("%s cannot be collected; the master tries again [PF0417]", handle.name):
                 if (sweep or handle.child.ended or handle.closed_at is not None) and self._collect(handle):
                     continue
             if handle.closed_at is not None:
@@ -99,7 +100,7 @@ class Reaper:
         if exit is None:
             return False
         if handle.closed_at is None:
-            with self._guard.protect("worker %d (pid %d) cannot be heard", handle.slot, handle.child.pid):
+            with self._guard.protect("the messages of %s cannot be read [PF0418]", handle.name):
                 self._roster.hear(handle)  # what it said before it died comes before its death
         status, memory = exit
         now = time.monotonic()
@@ -113,12 +114,13 @@ class Reaper:
         if report.reason is Reason.STOPPED and status == 0 and member.ready_at is not None:
             self._stop.found_empty()
         self.last_exits.append((now, replace(report, detail=excerpt(report.detail, DETAIL_KEPT))))
+        delay = self._pool.backoff_of(handle.slot, now)
         if report.reason in (Reason.BOOT_FAILED, Reason.BOOT_TIMEOUT):
-            log_exit(report, known=self.last_words)
+            log_exit(report, known=self.last_words, delay=delay)
             self.last_words = report.detail or str(report)
         else:
-            log_exit(report)
-        with self._guard.protect_hook("worker_exited() raised; the pool goes on"):
+            log_exit(report, delay=delay)
+        with self._guard.protect_hook("worker_exited() raised; the pool serves on [PF0702]"):
             self._worker_exited(report)
         return True
 
@@ -149,8 +151,21 @@ def report_of(
     )
 
 
-def log_exit(report: WorkerExit, *, known: str = "") -> None:
-    """One line, and what the worker said last unless that is `known` from the one before: a crash loop says it once."""
-    said = "" if not report.detail else ", as before" if report.detail == known else f"\n{report.detail}"
-    level = logging.INFO if report.reason.ordered else logging.ERROR
-    log.log(level, "%s%s", report, said)
+def log_exit(report: WorkerExit, *, known: str = "", delay: float = 0.0) -> None:
+    """One line, and what the worker said last unless that is `known` from the one before: a crash loop says it once.
+
+    Parameters
+    ----------
+    delay
+        Seconds for which the slot is in back-off.
+    """
+    text = report.text
+    if report.detail and report.detail == known:
+        text += ", as before"
+    elif report.detail:
+        text += f"\n{report.detail}"
+    if delay > 0.0:
+        first, newline, detail = text.partition("\n")
+        text = f"{first}; its slot starts the next worker in {delay:.1f} s{newline}{detail}"
+    level = logging.ERROR if not report.reason.ordered else logging.WARNING if report.status else logging.INFO
+    log.log(level, "%s", with_code(text, report.code))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import prefork.kernel.logs as logs
-from prefork.errors import PreforkError
+from prefork.errors import PreforkError, code_of, text_of, with_code
 from prefork.kernel.signal_inbox import Inbox
 from prefork.master.roster import Roster
 from prefork.master.stop import Stop
@@ -32,7 +32,7 @@ class Probe(Protocol):
     def over(self) -> bool:
         """Whether there is a result. Does not wait."""
 
-    def result(self) -> Options | str:
+    def result(self) -> Options | PreforkError | OSError:
         """The settings of the new generation, or what is wrong. The child is to leave; the maker of the probe collects
         it."""
 
@@ -76,10 +76,12 @@ class Reload:
     def begin(self) -> int | None:
         """Begin a reload, or have one more follow. Returns its ticket; None: the pool stops."""
         if self._stop.begun:
+            self._pool.events.append((PoolEvent.RELOAD_IGNORED, self._pool.generation))
             return None
         self._roster.revive_listeners()  # or it would be refused, as that of a server that does not listen
         now = time.monotonic()
         if self._probe is not None:
+            self._pool.events.append((PoolEvent.RELOAD_REMEMBERED, self._pool.generation + 1))
             if self._next is None:
                 self._next = self.history.open(Progress.WAITING, now)
             return self._next
@@ -92,10 +94,10 @@ class Reload:
                 self._probe, self._ticket = self._make_probe(), ticket
                 self._inbox.watch(self._probe.fd, lambda: None)
         except PreforkError as error:
-            self._refuse(ticket, "reload failed: %s; generation %d serves on", str(error))
+            self._refuse(ticket, error)
         except OSError as error:
-            text = "reload failed: the program cannot be tried: %s; generation %d serves on"
-            self._refuse(ticket, text, str(error))
+            reason = f"a process to try the program cannot start: {error.strerror or error}"
+            self._refuse(ticket, PreforkError(reason, code="PF0302"))
         return ticket
 
     def watch(self) -> bool:
@@ -108,13 +110,13 @@ class Reload:
         self._inbox.unwatch(probe.fd)
         self._probe = None
         result = probe.result()
-        if self._stop.begun:
-            return True  # what was probed is not wanted any more
+        if self._stop.begun:  # what was probed is not wanted any more
+            self._pool.events.append((PoolEvent.RELOAD_GIVEN_UP, self._pool.generation + 1))
+            return True
         if isinstance(result, Options):
             self._accept(self._ticket, result)
         else:
-            log.error("reload failed: generation %d serves on: %s", self._pool.generation, result)
-            self.history.move(self._ticket, Progress.FAILED, time.monotonic(), result)
+            self._refuse(self._ticket, result)
         if self._next is not None:
             self.begin()
         return True
@@ -129,9 +131,11 @@ class Reload:
         progress = Progress.WAITING if waits else Progress.ROLLING
         self.history.move(ticket, progress, time.monotonic(), generation=generation)
 
-    def _refuse(self, ticket: int, text: str, reason: str) -> None:
-        log.error(text, reason, self._pool.generation)
-        self.history.move(ticket, Progress.FAILED, time.monotonic(), reason)
+    def _refuse(self, ticket: int, error: PreforkError | OSError) -> None:
+        reason = text_of(error)
+        text = f"reload failed: generation {self._pool.generation} serves on: {reason}"
+        log.error("%s", with_code(text, code_of(error)))
+        self.history.move(ticket, Progress.FAILED, time.monotonic(), with_code(reason, code_of(error)))
 
     def close(self) -> None:
         """Have the child of a probe leave."""

@@ -71,7 +71,7 @@ class Roster:
     def carry_out_all(self, now: float) -> None:
         """Bring about what the pool wants now."""
         for order in self._pool.orders(now):
-            with self._guard.protect("an order of the pool failed: %s", order):
+            with self._guard.protect("the master cannot carry out %s; it goes on [PF0410]", order):
                 if isinstance(order, pool.Spawn):
                     self.spawn(order, now)
                 elif order.pid in self.handles:
@@ -82,13 +82,13 @@ class Roster:
         try:
             handle.child.send(signum)
         except OSError as error:  # EPERM: it has another user now
-            self._guard.report(error, "worker %d (pid %d) cannot be signalled", handle.slot, pid)
+            self._guard.report(error, "%s cannot be signalled; the master tries again [PF0411]", handle.name)
 
     def spawn(self, order: pool.Spawn, turn: float) -> None:
         """Fork a worker. A refusal by the system is logged once in a `turn` of the loop."""
         if not self._threads_named and (names := processes.threads_left_behind()):
             self._threads_named = True
-            log.debug("workers are forked without these threads of the master: %s", ", ".join(names))
+            log.debug("workers do not inherit these threads of the master: %s", ", ".join(names))
         if not self._stop.begun:
             self.revive_listeners()
         try:
@@ -103,10 +103,12 @@ class Roster:
                 pipes=self._pipes,
             )
         except OSError as error:
+            now = time.monotonic()
+            self._pool.spawn_failed(now)
             if self._refused_in != turn:
                 self._refused_in = turn
-                log.error("cannot start worker %d: %s; trying again later", order.slot, error.strerror or error)
-            self._pool.spawn_failed(time.monotonic())
+                why, delay = error.strerror or error, max(0.0, self._pool.system_backoff.until - now)
+                log.error("slot %d: no worker can be started: %s; next try in %.1f s [PF0407]", order.slot, why, delay)
             return
         except Exception:
             self._pool.spawn_failed(time.monotonic())
@@ -123,10 +125,10 @@ class Roster:
         for listener in self._listeners:
             if listener.is_shut():
                 name = describe(listener.socket)
-                text = "%s was shut down by a worker or the program, and cannot be opened again"
+                text = "a worker or the program has shut down %s, and it cannot be opened again [PF0415]"
                 with self._guard.protect(text, name):
                     listener.revive()
-                    log.error("%s was shut down by a worker or the program; it is open again", name)
+                    log.error("a worker or the program has shut down %s; the master has opened it again [PF0412]", name)
 
     # -- what workers say ------------------------------------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class Roster:
             elif message == uplink.RECYCLE:
                 self._pool.request_recycle(pid, _plain(text))
             elif message == uplink.STOP:
-                log.info("worker %d (pid %d) asks the pool to stop: shutdown() was called in it", handle.slot, pid)
+                log.info("%s asks the pool to stop: shutdown() was called in it", handle.name)
                 self._stop.escalate(Stage.SETTLING)
 
     def read_slots(self, now: float) -> None:

@@ -20,6 +20,14 @@ from prefork.rules.stop_sequence import Stage, StopSequence
 log = logs.get("prefork")
 
 
+_TEXTS = {
+    Stage.SETTLING: "stopping gracefully: workers finish their requests",
+    Stage.DRAINING: "stopping gracefully: workers finish their requests",
+    Stage.FAST: "stopping fast: requests in progress are cut off",
+    Stage.KILL: "stopping by SIGKILL",
+}
+
+
 class Stop:
     """The stop of one pool, begun or not."""
 
@@ -52,7 +60,7 @@ class Stop:
                 listener.hold()
         else:
             self._pool.stop(stage, now)
-        log.info("stopping" if stage is Stage.SETTLING else f"stopping: {stage.name.lower()}")
+        log.info("%s", _TEXTS[stage])
 
     def settle(self, now: float) -> None:
         """The second half of a graceful stop, when it is due."""

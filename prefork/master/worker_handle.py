@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import prefork.kernel.inherited_pipes as inherited_pipes
 import prefork.kernel.private_fds as private_fds
@@ -13,6 +13,7 @@ import prefork.link.uplink as uplink
 import prefork.link.worker_pipes as worker_pipes
 from prefork.link.scoreboard import Scoreboard
 from prefork.link.worker_context import WorkerContext
+from prefork.rules.worker_exit import worker_name
 from prefork.settings.settings import Options
 
 # What runs in the child: given its context and `unblock`, it returns an exit code.
@@ -34,6 +35,10 @@ class WorkerHandle:
     link: uplink.UplinkReader
     born: float
     closed_at: float | None = None  # when its end of the uplink was seen; None: it is open
+    name: str = field(init=False)  # in texts of the log
+
+    def __post_init__(self) -> None:
+        self.name = worker_name(self.child.pid, self.slot, self.generation)
 
     def release(self) -> None:
         self.child.release()

@@ -153,7 +153,7 @@ class Control:
     def _rest(self, error: Exception) -> None:
         """The listener or the epoll fails, perhaps for lack of descriptors: nobody is heard for a while."""
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        log.warning("the control socket rests for %g s: %s", REST, reason)
+        log.warning("the control socket fails: %s; it pauses for %g s [PF0801]", reason, REST)
         for client in list(self._clients.values()):
             self._drop(client)
         if self._master is not None:
@@ -224,7 +224,7 @@ class Control:
             pass
         except Exception as error:
             if not isinstance(error, OSError):
-                log.error("the control socket cannot answer pid %d", client.pid, exc_info=error)
+                log.error("the control socket cannot answer pid %d [PF0802]", client.pid, exc_info=error)
             self._drop(client)
 
     def _answer(self, client: Client, line: bytes, now: float) -> None:
@@ -240,7 +240,7 @@ class Control:
         except ControlError as error:
             client.pieces = iter([protocol.error_line(error)])
         except Exception as error:
-            log.error("the control socket cannot answer pid %d", client.pid, exc_info=error)
+            log.error("the control socket cannot answer pid %d [PF0802]", client.pid, exc_info=error)
 
     def _expire(self, client: Client) -> None:
         if client.pieces is None:

@@ -84,6 +84,9 @@ class PoolEvent(enum.Enum):
     RELOAD_BEGINS = "reload begins"
     RELOAD_SERVES = "reload serves"
     RELOAD_FAILED = "reload failed"
+    RELOAD_REMEMBERED = "reload remembered"  # it follows the one under way
+    RELOAD_IGNORED = "reload ignored"  # the pool stops
+    RELOAD_GIVEN_UP = "reload given up"  # by a stop, before the new generation was ready
 
 
 @dataclass(eq=False, slots=True)
@@ -214,6 +217,14 @@ class Pool:
             return Spawn(0, self.generation)
         return None
 
+    def backoff_of(self, slot: int, now: float) -> float:
+        """Seconds until this slot may start its next worker; 0.0: at once, or it starts none."""
+        backoff = self.slot_backoffs.get(slot)
+        if backoff is None or self.stage is not Stage.SERVING:
+            return 0.0
+        is_wanted = any(wanted == slot for wanted, *_ in self._wanted_spawns())
+        return max(0.0, backoff.until - now) if is_wanted else 0.0
+
     def _fresh(self, member: Member) -> bool:
         return member.generation == self.goal and not member.recycle_requested
 
@@ -332,12 +343,14 @@ class Pool:
             Of the new generation; by default those of the last proven generation.
         """
         if self.stage is not Stage.SERVING:
+            self.events.append((PoolEvent.RELOAD_IGNORED, self.generation))
             return None
         options = options or self.options
         number = self._newest + 1
         if self.reloading:
             self._remembered = options
             self._roll(RolloutEvent.ASKED)
+            self.events.append((PoolEvent.RELOAD_REMEMBERED, self.goal))
         else:
             self._begin(options)
         return number
@@ -354,6 +367,8 @@ class Pool:
         if stage <= self.stage:
             return
         self.stage = stage
+        if self.candidate is not None:
+            self.events.append((PoolEvent.RELOAD_GIVEN_UP, self.candidate))
         self.candidate, self._remembered = None, None
         self._roll(RolloutEvent.STOPPED)
         for member in list(self.members.values()):

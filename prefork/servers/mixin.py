@@ -121,7 +121,7 @@ class PreforkMixIn(Settings):
         show = super().handle_error  # type: ignore[misc]
         error = sys.exception()
         if getattr(show, "__func__", None) is _SHOWS and client_errors.is_clients(request, error):
-            log.debug("client %s left in the middle of its request: %s", client_address or "(unnamed)", error)
+            log.debug("client %s disconnected during its request: %s [PF0612]", client_address or "(unnamed)", error)
         else:
             show(request, client_address)
 

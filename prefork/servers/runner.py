@@ -164,7 +164,9 @@ def serve(*servers: socketserver.BaseServer, poll_interval: float = 0.5) -> None
 def pool_of(server: Any) -> "ServerPool":
     """The server's pool, made on first use: a mix-in cannot count on its `__init__` being called."""
     if getattr(server, "worker", None) is not None:
-        raise PreforkError("this is for the master; a worker can only ask to stop, by shutdown()")
+        raise PreforkError(
+            "only the master can do this; a worker can only ask the pool to stop, by shutdown()", code="PF0112"
+        )
     pool: ServerPool = vars(server).setdefault("_pool", ServerPool())
     return pool
 

@@ -37,14 +37,16 @@ def checked_options(
     """The settings of the first server, with paths made `absolute`. Raises OptionError where a setting, a server, or a
     handler does not fit the class of workers (`kind`; default: that of the settings)."""
     if not servers:
-        raise OptionError("serve() needs at least one server")
+        raise OptionError("serve() needs at least one server", code="PF0111")
     for server in servers:
         if isinstance(server, _FORKING):
-            raise OptionError(f"{type(server).__name__} has ForkingMixIn, which would reap the workers; leave it out")
+            raise OptionError(
+                f"{type(server).__name__} has ForkingMixIn, which would collect the workers; remove it", code="PF0111"
+            )
         if server.fileno() < 0:
-            raise OptionError("the server is closed; make a new one")
+            raise OptionError("the server is closed; make a new one", code="PF0111")
         if server.socket_type == socket.SOCK_STREAM and not _listens(server):
-            raise OptionError("the server does not listen yet; call server_bind() and server_activate()")
+            raise OptionError("the server does not listen yet; call server_bind() and server_activate()", code="PF0111")
     options = Options.of(servers[0], absolute)
     kind = kind or worker_class.resolve(options.worker_class)
     for server in servers:

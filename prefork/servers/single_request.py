@@ -49,7 +49,9 @@ class SingleWorkers:
     def handle_request(self, server: Any) -> None:
         """Wait at most `timeout` seconds for one request, and fork a worker that serves it."""
         if worker_class.resolve(server.worker_class).application:
-            raise OptionError("handle_request() serves handlers; an application is served by serve_forever()")
+            raise OptionError(
+                "handle_request() serves handlers; an application is served by serve_forever()", code="PF0106"
+            )
         # SyncWorker serves single requests, whatever the pool's worker_class is.
         options = server_checks.prepare([server], SyncWorker, mend="patch in the worker")
         self.reap()
@@ -93,7 +95,7 @@ class SingleWorkers:
         try:
             handle = worker_handle.launch(self._board, slot, 0, options, describe(server.socket), start)
         except OSError as error:
-            log.error("cannot start a worker: %s", error.strerror or error)
+            log.error("no worker can be started: %s; this request is not served [PF0407]", error.strerror or error)
             server.handle_error(request, peer)
         else:
             self._handles.append(handle)

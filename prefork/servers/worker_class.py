@@ -36,7 +36,8 @@ def resolve(setting: object) -> type[Worker]:
             hint = f"did you mean {setting.lower()!r}? " if setting.lower() in CLASSES else ""
             raise OptionError(
                 f"worker_class: there is no {setting!r}; {hint}use {known}, MODULE:NAME, or a name that an installed "
-                f"package registers in the entry points {ENTRY_POINTS}"
+                f"package registers in the entry points {ENTRY_POINTS}",
+                code="PF0109",
             )
         try:
             kind = importlib.import_module(module_name)
@@ -47,9 +48,9 @@ def resolve(setting: object) -> type[Worker]:
         except Exception as error:  # a stranger's module may raise anything
             expected = isinstance(error, ImportError | AttributeError)
             why = error if expected else " ".join(f"{type(error).__name__}: {error}".split())
-            raise OptionError(f"worker_class: {setting!r} cannot be imported: {why}") from error
+            raise OptionError(f"worker_class: {setting!r} cannot be imported: {why}", code="PF0109") from error
     if not (isinstance(kind, type) and issubclass(kind, Worker)):
-        raise OptionError(f"worker_class: {setting!r} is no subclass of prefork.Worker")
+        raise OptionError(f"worker_class: {setting!r} is not a subclass of prefork.Worker", code="PF0109")
     return kind
 
 

@@ -130,7 +130,7 @@ class Options(Settings):
         known = {item.name: item for item in declared()}
         for name in values:
             if name not in known:
-                raise OptionError(f"{name}: there is no such setting")
+                raise OptionError(f"{name}: there is no setting of this name")
         checked = {name: item.check(values.get(name, getattr(self, name))) for name, item in known.items()}
         self.__dict__.update(checked)
 

@@ -187,7 +187,7 @@ class Pool:
     def kill_worker(self, pid: int | None = None) -> int:
         """Kill -9 a worker, by default the oldest; it is dead when this returns. Its pid."""
         victim = self._worker(pid)
-        self.allow(rf"\(pid {victim.pid}, ")
+        self.allow(rf"worker {victim.pid} \(")
         victim.kill()
         self._until(lambda: not _is_alive(victim), "the worker is dead")
         return victim.pid
@@ -195,7 +195,7 @@ class Pool:
     def hang_worker(self, pid: int | None = None) -> int:
         """Stop a worker where it is, by default the oldest, until `resume_worker()` or the end of the pool. Its pid."""
         victim = self._worker(pid)
-        self.allow(rf"\(pid {victim.pid}[,)]")
+        self.allow(rf"worker {victim.pid} \(")
         victim.suspend()
         self._hung.add(victim.pid)
         self._until(lambda: _status(victim) in (None, psutil.STATUS_STOPPED), "the worker hangs")
@@ -210,7 +210,7 @@ class Pool:
     @contextlib.contextmanager
     def refuse_forks(self) -> Iterator[None]:
         """For the time of a `with` block the system refuses to fork for the master (EAGAIN)."""
-        self.allow("cannot start worker ")
+        self.allow("no worker can be started: ")
         self.allow("cannot be tried")
         self._refuse[0] = 1
         try:

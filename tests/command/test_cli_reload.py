@@ -94,7 +94,7 @@ def test_reload_of_a_hanging_program(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "says"), [('("127.0.0.1", 1)', "tcp://127.0.0.1:1"), ('str(RUN / "other")', "new start")]
+    ("now", "says"), [('("127.0.0.1", 1)', "tcp://127.0.0.1:1"), ('str(RUN / "other")', "restart")]
 )
 def test_reload_with_another_address(start: Start, now: str, says: str) -> None:
     """A program that names another address than it was started with takes a new start: HUP says so and changes

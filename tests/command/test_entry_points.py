@@ -153,8 +153,8 @@ WRONG = {
     "raising": r"'raising' cannot be imported: ValueError: no luck$",
     "torn": r"'torn' cannot be imported: SyntaxError: invalid syntax \(torn\.py, line 1\)$",
     "unnamed": r"'unnamed' cannot be imported: module 'shouting\.worker' has no attribute 'NoSuchName'",
-    "handler": r"'handler' is no subclass of prefork\.Worker",
-    "function": r"'function' is no subclass of prefork\.Worker",
+    "handler": r"'handler' is not a subclass of prefork\.Worker",
+    "function": r"'function' is not a subclass of prefork\.Worker",
 }
 
 

@@ -88,7 +88,7 @@ def test_the_same_kind_is_not_named_again(start: Start) -> None:
     [
         (WSGI, ANYTHING, "type -k wsgi or -k asgi"),
         (WSGI, "app = 7\n", "app:app is 7"),
-        (HANDLER, DATAGRAMS, r"the program now wants udp://\S+; other addresses take a new start"),
+        (HANDLER, DATAGRAMS, r"the program now wants udp://\S+; other addresses need a restart"),
     ],
 )
 def test_what_cannot_be_served(start: Start, before: str, after: str, says: str) -> None:

@@ -226,7 +226,7 @@ def test_a_group_of_others(tmp_path: Path) -> None:
             check=False,
         )
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-        assert f"{folder}/s: it cannot be given to group {GROUP}: " in done.stderr
+        assert f"{folder}/s: its group cannot be set to {GROUP}: " in done.stderr
         assert os.listdir(folder) == []
 
 

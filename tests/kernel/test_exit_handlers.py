@@ -149,8 +149,8 @@ def test_a_thread_that_does_not_end_is_named(start: Start) -> None:
     ).ready()
     ask(program.address, "never")
     assert program.stop().code == 0
-    assert "it did not drain within graceful_timeout" in program.log
-    assert "at its end it waits for threads: the-slow-one\n" in program.log and "in pass_gate" in program.log
+    assert "it did not finish within graceful_timeout" in program.log
+    assert "at its end it waits for these threads: the-slow-one\n" in program.log and "in pass_gate" in program.log
     program.finish()
 
 
@@ -233,7 +233,7 @@ def test_an_end_that_hangs_is_ended(start: Start) -> None:
     with ExitStack() as stack:
         assert rest(hold(program.address, stack, "leave 3")) == b""
     until(lambda: ask(program.address).pid != worker, 5, "another one serves")
-    program.wait_for(r"left: it did not drain within graceful_timeout")
+    program.wait_for(r"exited: it did not finish within graceful_timeout")
     (program.work / "hang").unlink()
     program.finish()
 
@@ -350,8 +350,8 @@ def test_a_signal_from_outside_while_it_boots(start: Start, notes: Notes) -> Non
     (program.work / "slow").unlink()
     program.send(signal.SIGTERM, booting)
     program.wait_ready(1, without=[first, booting])
-    left = [match[4] for match in program.found(patterns.LEFT) if int(match[2]) == booting]
-    assert len(left) == 1 and left[0].startswith("it was told to leave by a signal from outside"), left
+    left = [match[4] for match in program.found(patterns.LEFT) if int(match[1]) == booting]
+    assert len(left) == 1 and left[0].startswith("a signal from outside told it to stop"), left
     assert ends(notes, booting) == ["second", "first"]
     program.finish()
 

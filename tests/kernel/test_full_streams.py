@@ -113,7 +113,7 @@ def stopped_terminal(where: Path) -> Iterator[Place]:
 def known(text: bytes, name: str) -> int:
     """How many access lines are there, or were said to be dropped. One is written after its answer, so that it may come
     before there is room, or after."""
-    note = rf"prefork\[\d+\]: (\d+) access lines were dropped, {re.escape(name)} was full\n"
+    note = rf"prefork\[\d+\]: (\d+) access lines were dropped because {re.escape(name)} was full \[PF0501\]\n"
     told = re.findall(note, text.decode())
     assert len(told) <= 1
     return sum(map(int, told)) + text.count(b'"GET /x HTTP/1.1" 200')

@@ -168,7 +168,7 @@ def test_a_module_that_cannot_be_had_is_named(tmp_path: Path, name: str, content
         [*MODULE, *arguments, "-b", TCP], cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False
     )
     assert done.returncode == 4, done.stderr
-    pattern = rf"prefork: error: \S+: {tmp_path}{says}\n"
+    pattern = rf"prefork: error: \S+: {tmp_path}{says} \[PF0127\]\n"
     assert re.fullmatch(pattern, done.stderr), done.stderr
 
 

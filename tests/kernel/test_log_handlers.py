@@ -93,10 +93,12 @@ def test_full_standard_stream(start: Start, port: int, configure: str) -> None:
 
         def said() -> bool:
             text.extend(drained(reader))
-            return b" left: " in text
+            return b" exited: " in text
 
         until(said)
-        assert re.search(rb"prefork\[\d+\]: \d+ messages were dropped, standard (error|output) was full\n", text)
+        assert re.search(
+            rb"prefork\[\d+\]: \d+ messages were dropped because standard (error|output) was full \[PF0501\]\n", text
+        )
         fill(end)
         check_goes_on(program, address)
 
@@ -220,7 +222,7 @@ def test_handler_that_raises(start: Start, port: int, raising: str) -> None:
     program, address = script(start, RAISING[raising], port)
     check_goes_on(program, address)
     assert len(program.found(patterns.LEFT)) >= 4
-    assert len(program.found(re.compile(r": logging: .* of the program has failed: "))) == 1
+    assert len(program.found(re.compile(r": logging: .* of the program failed: "))) == 1
 
 
 def test_others_have_what_one_fails_to_take(start: Start, port: int) -> None:
@@ -238,7 +240,7 @@ def test_others_have_what_one_fails_to_take(start: Start, port: int) -> None:
     )
     check_goes_on(program, address)
     own = (program.work / "own.log").read_text()
-    assert own.count(" left: ") >= 4 and own.endswith("stopped\n")
+    assert own.count(" exited: ") >= 4 and own.endswith("stopped\n")
     assert len(program.log.splitlines()) == 1 and "RuntimeError('ordered trouble')" in program.log
 
 
@@ -264,7 +266,7 @@ def test_prefork_is_imported_first(start: Start, port: int) -> None:
     check_goes_on(program, address)
     assert program.log == ""
     own = (program.work / "own.log").read_text()
-    assert own.startswith("listening on tcp:") and own.count(" left: ") >= 4 and own.endswith("stopped\n")
+    assert own.startswith("listening on tcp:") and own.count(" exited: ") >= 4 and own.endswith("stopped\n")
 
 
 @pytest.mark.parametrize("order", ["logging.disable(logging.CRITICAL)", 'logging.getLogger("prefork").setLevel(60)'])
@@ -304,8 +306,8 @@ def test_program_with_a_class_of_loggers(start: Start, port: int) -> None:
     program = start("{work}/app.py", files={"app.py": text}, env=path_of_modules())
     program.wait_ready(2, timeout=10)
     check_goes_on(program, Address("tcp", "127.0.0.1", port))
-    assert " left: " in (program.work / "seen").read_text()
-    assert re.search("^own added worker .* left: ", (program.work / "own.log").read_text(), re.MULTILINE)
+    assert " exited: " in (program.work / "seen").read_text()
+    assert re.search("^own added worker .* exited: ", (program.work / "own.log").read_text(), re.MULTILINE)
 
 
 def test_threads_of_ours_are_nobody(start: Start, port: int) -> None:
@@ -441,7 +443,10 @@ def test_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
         handler.free.set()
         until(lambda: handler.given == ["0", "1", "2", "3"])
         logger.error("10")
-    assert handler.given[4:] == ["logging: 6 records were dropped, handlers of the program are too slow", "10"]
+    assert handler.given[4:] == [
+        "logging: 6 records were dropped because handlers of the program are too slow [PF0506]",
+        "10",
+    ]
 
 
 def test_handler_that_returns_after_all(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -476,7 +481,9 @@ def test_records_are_there_when_it_returns(block: bool) -> None:
         stop = threading.Thread(target=stop_when_ready)
         stop.start()
         server.serve_forever()
-        assert given[0].startswith("listening on tcp:") and "stopping" in given
+        assert given[0].startswith("listening on tcp:") and any(
+            text.startswith("stopping gracefully") for text in given
+        )
         if block:
             assert given[-1] == "stopped"
         stop.join()

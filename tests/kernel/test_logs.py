@@ -125,7 +125,8 @@ def test_what_a_program_wants_of_the_logger(start: Start) -> None:
     tell(program)
     own = program.work / "own.log"
     until(lambda: "ordered trouble" in own.read_text())
-    assert own.read_text().startswith("own ERROR worker 0: the application raised at GET /x\nTraceback")
+    assert own.read_text().startswith("own ERROR worker ")
+    assert ": the application raised at GET /x [PF0607]\nTraceback" in own.read_text()
     assert "ordered trouble" not in program.log
     program.finish()
 

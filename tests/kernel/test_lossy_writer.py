@@ -22,7 +22,7 @@ from support.pipes import drained, fill, pipe
 
 pytestmark = pytest.mark.timeout(20)
 
-DROPPED = b": 3 messages were dropped, standard error was full\n"
+DROPPED = b": 3 messages were dropped because standard error was full [PF0501]\n"
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +218,7 @@ def test_limit_of_size(tmp_path: Path) -> None:
     in_child(act)
     first, cut, note, last = (tmp_path / "log").read_text().splitlines()
     assert (first, cut, last) == ("0123456789", "abcd", "kept")
-    assert note.endswith(f": 2 lines were dropped, {tmp_path / 'log'} was full")
+    assert note.endswith(f": 2 lines were dropped because {tmp_path / 'log'} was full [PF0501]")
 
 
 def test_long_text_is_cut_between_lines() -> None:

@@ -131,7 +131,7 @@ prefork.master.late_requests.Judge.judge = refusing(prefork.master.late_requests
     program.write("refuse", "")
     begun = time.monotonic()
     check_alive(program)
-    assert 1 <= program.log.count("the master's loop failed") <= 2 + time.monotonic() - begun
+    assert 1 <= program.log.count("the master failed at ") <= 2 + time.monotonic() - begun
     program.finish()
 
 
@@ -144,7 +144,7 @@ def test_a_death_that_cannot_be_collected(start: Start) -> None:
             workers = program.wait_ready(2)
             program.kill_workers(*workers)
             program.wait_ready(2, without=workers)
-    assert program.log.count("it was killed by a signal, SIGKILL") == 6
+    assert program.log.count("a signal killed it, SIGKILL") == 6
     check_alive(program)
     program.finish()
 
@@ -177,7 +177,7 @@ os.kill = refusing(os.kill, errno.EPERM)
     with ExitStack() as stack:
         client = hold(program.address, stack, "deaf")
         (pid,) = map(int, noted(notes, "begun"))
-        program.wait_for(r"worker \d+ \(pid \d+\) cannot be signalled", number=2)
+        program.wait_for(r"worker \d+ \(slot \d+, generation 1\) cannot be signalled", number=2)
         assert processes.alive(pid)
         (program.work / "refuse").unlink()
         with soon(3.0):
@@ -309,5 +309,5 @@ def test_reasons_reach_the_log(start: Start) -> None:
     first = ask(program.address).pid
     for _ in range(2):
         ask(program.address)
-    program.wait_for(rf"worker 0 \(pid {first}, generation 1\) left: it was recycled \(max_requests: 3 of 3\)")
+    program.wait_for(rf"worker {first} \(slot 0, generation 1\) exited: it was recycled \(max_requests: 3 of 3\)")
     program.finish()

@@ -59,7 +59,7 @@ def test_a_mistake_in_the_settings_fails_the_reload(start: Start, notes: Notes) 
     noted(notes, "done")
     program.send(signal.SIGHUP)
     program.wait_for(
-        r"reload failed: request_timeout: must be a number of seconds, 0\.01 or more .* generation 1 serves on"
+        r"reload failed: generation 1 serves on: request_timeout: must be a number of seconds, .* \[PF0102\]\n"
     )
     assert program.wait_ready(2) == workers
     ask(program.address)

@@ -83,7 +83,7 @@ class Stops(Handler):
     program = begin(start, before, handler="Stops")
     pid = ask(program.address).pid
     assert program.wait_exit().code == 0
-    assert f"(pid {pid}) asks the pool to stop" in program.log
+    assert f"worker {pid} (slot 0, generation 1) asks the pool to stop" in program.log
     program.finish()
 
 
@@ -119,7 +119,9 @@ def test_a_listener_that_was_shut_down_is_opened_again(start: Start, kind: str, 
     for number in range(1, 3):
         with ExitStack() as stack:
             assert b":x:done" in rest(hold(program.address, stack, "shut"))
-        program.wait_for("was shut down by a worker or the program; it is open again", number=number)
+        program.wait_for(
+            r"a worker or the program has shut down .*; the master has opened it again \[PF0412\]", number=number
+        )
         program.wait_ready(2)
         for _ in range(10):
             with ExitStack() as stack:
@@ -159,7 +161,9 @@ def test_a_socket_of_datagrams_that_was_shut_down_is_opened_again(start: Start, 
     program.wait_ready(2)
     for number in range(1, 3):
         ask(program.address, "shut")
-        program.wait_for("was shut down by a worker or the program; it is open again", number=number)
+        program.wait_for(
+            r"a worker or the program has shut down .*; the master has opened it again \[PF0412\]", number=number
+        )
         program.wait_ready(2)
         for _ in range(10):
             ask(program.address)

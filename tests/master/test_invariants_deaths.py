@@ -151,7 +151,7 @@ def test_invariant_06_a_deaf_worker_is_killed(start: Start, ledger: Ledger, orde
     within(seconds, 3.5 if order == "stubborn" else 1.0)
     program.wait_ready(1, timeout=1.0, without=[pid])
     match = program.wait_for(patterns.LEFT)
-    assert int(match[2]) == pid
+    assert int(match[1]) == pid
     until(lambda: "work.py" in program.log and "in perform" in program.log, 2, "the stack is in the log")
     program.finish()
 

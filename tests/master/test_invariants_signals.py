@@ -302,5 +302,5 @@ def test_invariant_05_all_signals_pending(start: Start, ledger: Ledger) -> None:
         program.send(number)
     program.send(signal.SIGCONT)
     assert program.wait_exit().code == 0
-    assert sorted(re.findall(r": (SIG\w+)$", program.log, re.MULTILINE)) == sorted(one.name for one in obeyed)
+    assert sorted(re.findall(r": received (SIG\w+)$", program.log, re.MULTILINE)) == sorted(one.name for one in obeyed)
     program.finish()

@@ -176,7 +176,7 @@ def test_fork_refused(start: Start, notes: Notes) -> None:
         assert ask(program.address).pid == first[2]
     elapse(1.5)
     assert len(notes("refused")) <= 2 * 8, "the master hammers on a system that is full"
-    assert "cannot start worker" in program.log
+    assert "no worker can be started" in program.log
     (program.work / "refuse").unlink()
     program.wait_ready(3, timeout=5)
     pids_serving(program.address, 3)
@@ -188,7 +188,7 @@ def test_fork_refused_from_the_start(start: Start, notes: Notes) -> None:
     for action in ("recover", "stop"):
         body = "(HOME / 'refuse').touch()\n" + REFUSING + SERVER.format(extra="pass", handler="Handler")
         program = launch(start, body)
-        program.wait_for("cannot start worker", 10)
+        program.wait_for("no worker can be started", 10)
         if action == "recover":
             (program.work / "refuse").unlink()
             program.wait_ready(3, timeout=5)
@@ -232,8 +232,8 @@ def test_file_table_full(start: Start, notes: Notes, spare: int) -> None:
     with full(program, spare):
         for number in (4, 5, 6):
             program.send(signal.SIGTTIN)
-            program.wait_for(f"workers wanted: {number}")
-        program.wait_for("cannot (start|watch) worker")
+            program.wait_for(f"resize: the pool is to have {number} workers")
+        program.wait_for("no worker can be started|cannot watch worker")
         for _ in range(5):
             ask(program.address)
         program.send(signal.SIGHUP)
@@ -256,7 +256,7 @@ def test_file_table_full_when_workers_die(start: Start, notes: Notes) -> None:
         program.wait_ready(2, timeout=10, without=killed)
         ask(program.address)
     assert {report["status"] for report in reports(notes, 3)} == {-9}
-    assert "loop failed" not in program.log
+    assert "the master failed" not in program.log
     program.wait_ready(3, timeout=15, without=killed)
     program.finish()
 
@@ -382,7 +382,7 @@ threading.Thread(target=steal, daemon=True).start()
     stolen = set(map(int, noted(notes, "stolen", 1)))
     for report in found:
         assert report["status"] == (None if report["pid"] in stolen else -9), report
-        assert report["status"] is not None or "reaped by somebody else" in report["line"]
+        assert report["status"] is not None or "other code in the master collected it" in report["line"]
     assert program.stop().code == 0
     program.finish()
 

@@ -232,6 +232,6 @@ def test_the_programs_own_attribute(start: Start) -> None:
     program = command(start, "app:Server", "-b", TCP, app=app).ready()
     program.write("app.py", app.replace("control", "other", 2).replace("other", "control", 1))
     program.reload()
-    program.wait_for(r"control: a change takes a new start")
+    program.wait_for(r"control: a change needs a restart")
     assert asked(control_of(program), "status")["generation"] == 2
     program.finish(allow=[patterns.ANYTHING])

@@ -3,6 +3,7 @@
 import pytest
 
 from prefork.rules.pool import Abort, Kill, Pool, PoolEvent, Retire, Spawn
+from prefork.rules.stop_sequence import Stage
 from prefork.rules.worker_exit import Reason
 from rules.bench import Bench
 
@@ -57,6 +58,7 @@ def test_reloads_coalesce() -> None:
     bench.exit(2, crashed=True)
     assert [events for events, _ in bench.events()] == [
         PoolEvent.RELOAD_BEGINS,
+        *[PoolEvent.RELOAD_REMEMBERED] * 4,
         PoolEvent.RELOAD_FAILED,
         PoolEvent.RELOAD_BEGINS,
     ]
@@ -135,3 +137,25 @@ def test_reload_while_workers_wear_out() -> None:
     bench.pool.acknowledged(1, bench.now)
     bench.look()
     assert bench.events()[-1] == (PoolEvent.RELOAD_SERVES, 2)
+
+
+def test_a_reload_during_a_stop_is_told() -> None:
+    """A stop gives up the generation that is not ready yet, and a reload during a stop is ignored; both are told."""
+    bench = Bench(1)
+    bench.pool.reload()
+    bench.look()
+    bench.events()
+    bench.pool.stop(Stage.DRAINING, bench.now)
+    bench.pool.reload()
+    assert bench.events() == [(PoolEvent.RELOAD_GIVEN_UP, 2), (PoolEvent.RELOAD_IGNORED, 1)]
+
+
+def test_back_off_of_a_slot() -> None:
+    """The delay of a slot is told while it will be waited for: not before any worker was ready, nor in a stop."""
+    bench = Bench(1)
+    assert bench.pool.backoff_of(0, bench.now) == 0.0
+    bench.exit(1, crashed=True)
+    assert 0.08 <= bench.pool.backoff_of(0, bench.now) <= 0.1
+    assert bench.pool.backoff_of(0, bench.now + 1.0) == 0.0 == bench.pool.backoff_of(1, bench.now)
+    bench.pool.stop(Stage.DRAINING, bench.now)
+    assert bench.pool.backoff_of(0, bench.now) == 0.0

@@ -224,7 +224,11 @@ def test_a_remembered_reload_does_not_follow_a_stop() -> None:
     bench.pool.forget_reload()
     bench.exit(2, crashed=True)
     bench.look()
-    assert [event for event, _ in bench.events()] == [PoolEvent.RELOAD_BEGINS, PoolEvent.RELOAD_FAILED]
+    assert [event for event, _ in bench.events()] == [
+        PoolEvent.RELOAD_BEGINS,
+        PoolEvent.RELOAD_REMEMBERED,
+        PoolEvent.RELOAD_FAILED,
+    ]
 
 
 def test_stopping_an_empty_pool() -> None:

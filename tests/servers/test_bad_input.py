@@ -82,7 +82,7 @@ def test_wrong_settings(name: str, value: object) -> None:
 def test_handler_that_is_none(handler: Any) -> None:
     """A handler class that cannot be called is refused before anything is forked, in one line."""
     with prefork.PreforkTCPServer(("127.0.0.1", 0), handler) as server:
-        with pytest.raises(prefork.OptionError, match=r"^RequestHandlerClass: .* is no handler") as found:
+        with pytest.raises(prefork.OptionError, match=r"^RequestHandlerClass: .* is not a handler") as found:
             server.serve_forever()
         assert "\n" not in str(found.value)
 
@@ -186,7 +186,7 @@ def test_path_that_is_no_socket(tmp_path: Path, server_class: Any, what: str) ->
         path.mkdir()
     else:
         path.symlink_to("elsewhere")
-    with pytest.raises(OSError, match="no socket"):
+    with pytest.raises(OSError, match="not a socket"):
         server_class(str(path), Silent)
     assert os.listdir(tmp_path) == ["s"]
     if what == "file":

@@ -165,7 +165,7 @@ def test_handle_error_sees_exceptions_only(start: Start, notes: Notes) -> None:
             sock.sendall(f"x {order}\n".encode())
             assert rest(sock) == b""
         left = program.wait_for(patterns.LEFT, number=number + 1)
-        assert int(left[2]) == worker and f"exit code {code}" in left[4], left[0]
+        assert int(left[1]) == worker and f"exit code {code}" in left[4], left[0]
         program.wait_ready(1, without=[worker])
     assert len(notes("handle_error")) == 1
     program.finish()

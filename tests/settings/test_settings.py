@@ -100,7 +100,7 @@ def test_the_first_error_is_exit_code_2() -> None:
 
 def test_unknown() -> None:
     """A setting that does not exist is named."""
-    assert refused("wrokers", 2) == "wrokers: there is no such setting"
+    assert refused("wrokers", 2) == "wrokers: there is no setting of this name"
 
 
 def test_defaults() -> None:

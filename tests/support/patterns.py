@@ -7,11 +7,12 @@ LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,]\d{3} \S+\[\d+\] (D
 
 LISTENING = re.compile(r": listening on ((?:tcp|udp|unix|unixgram):\S+)")
 READY = re.compile(r": pool ready: (\d+) workers?, generation (\d+)")
-LEFT = re.compile(r": worker (\d+) \(pid (\d+), generation (\d+)\) left: (.*)")
+# The groups: pid, slot, generation, and the rest of the line with the code.
+LEFT = re.compile(r": worker (\d+) \(slot (\d+), generation (\d+)\) exited: (.*)")
 RELOAD_BEGINS = re.compile(r": reload: generation (\d+) begins")
 RELOADED = re.compile(r": reload: generation (\d+) serves")
 RELOAD_FAILED = re.compile(r": reload failed: .*")
-WANTED = re.compile(r": workers wanted: (\d+)")
+WANTED = re.compile(r": resize: the pool is to have (\d+) workers")
 STOPPING = re.compile(r": stopping\b")
 STOPPED = re.compile(r": stopped\b")
 

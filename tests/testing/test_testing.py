@@ -155,7 +155,7 @@ def test_a_killed_worker() -> None:
         with pytest.raises(AssertionError, match="no worker"):
             pool.kill_worker(victim)
         pool.wait_ready(2, without=[again[1]])
-        assert len(re.findall(r"left: .*SIGKILL", pool.log)) == 2
+        assert len(re.findall(r"exited: .*SIGKILL", pool.log)) == 2
 
 
 def test_a_hung_worker() -> None:
@@ -186,7 +186,7 @@ def test_refused_forks() -> None:
         first = pool.wait_ready(2)
         with pool.refuse_forks():
             victim = pool.kill_worker()
-            pool.wait_for("cannot start worker .*: Resource temporarily unavailable")
+            pool.wait_for("no worker can be started: Resource temporarily unavailable")
             (left,) = {*first} - {victim}
             assert {ask(pool) for _ in range(4)} == {left} == {*pool.workers}
         pool.wait_ready(2)
@@ -205,7 +205,7 @@ def test_reload() -> None:
         boots.append(pool.wait_ready(2))
         pool.reload()
         boots.append(pool.wait_ready(2, without=boots[0]))
-        with pytest.raises(AssertionError, match="reload failed: generation 3 did not boot"):
+        with pytest.raises(AssertionError, match="reload failed: no worker of generation 3 became ready"):
             pool.reload()
         assert pool.wait_ready(2) == boots[1]
 

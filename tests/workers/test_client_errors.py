@@ -16,7 +16,7 @@ from support.scripts import Notes, Start, launch, noted, path_of_modules
 
 pytestmark = pytest.mark.timeout(60)
 
-LEFT = r": client .* left in the middle of its request: .+"
+LEFT = r": client .* disconnected during its request: .+"
 TROUBLE = [patterns.HANDLER_ERROR]
 
 APP = """

@@ -1,5 +1,6 @@
 """When a worker asks to be replaced."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -94,5 +95,6 @@ def test_a_memory_that_cannot_be_told(caplog: pytest.LogCaptureFixture) -> None:
     assert not bench.said
     bench.check(5, 50.0)
     assert bench.reasons == ["max_requests: 5 of 5"]
-    said = "worker 3: max_memory has no effect; its memory cannot be told: ordered trouble"
+    trouble = "cannot read its memory: ordered trouble; max_memory has no effect [PF0414]"
+    said = f"worker {os.getpid()} (slot 3, generation 1) {trouble}"
     assert [record.getMessage() for record in caplog.records] == [said]

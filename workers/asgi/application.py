@@ -197,7 +197,10 @@ class ASGIApplication:
         except RequestTimeout as late:
             if not _is_answered(receive):
                 raise
-            log.error("what a request left to be done after its answer was cancelled", exc_info=late)
+            log.error(
+                "a background task exceeded request_timeout after the response; it was cancelled [PF0604]",
+                exc_info=late,
+            )
 
 
 def _is_answered(receive: Any) -> bool:

@@ -54,7 +54,7 @@ class Lifespan:
         if self._task is None:
             return
         if failure := await self._order("shutdown"):
-            log.error("the application's lifespan has failed", exc_info=failure)
+            log.error("the shutdown of the application's lifespan failed [PF0605]", exc_info=failure)
         await asyncio.wait([self._task], timeout=END_TIMEOUT)
 
     async def _order(self, name: str) -> BaseException | None:
@@ -80,6 +80,6 @@ class Lifespan:
         kind = message["type"]
         if not kind.startswith("lifespan."):
             self._foreign = True
-            raise RuntimeError(f"{kind} is no message of a lifespan")
+            raise RuntimeError(f"{kind} is not a message of the lifespan protocol")
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(str(message.get("message", "")) if kind.endswith(".failed") else None)

@@ -31,7 +31,7 @@ try:
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("uvicorn"):
         raise
-    raise OptionError("worker_class: asgi needs uvicorn; pip install 'prefork[asgi]'") from None
+    raise OptionError("worker_class: asgi needs uvicorn; pip install 'prefork[asgi]'", code="PF0107") from None
 
 log = logs.get("prefork")
 
@@ -59,7 +59,9 @@ class ASGIWorker(LoopWorker):
     def check(cls, server: Any) -> None:
         super().check(server)
         if server.socket_type != socket.SOCK_STREAM:
-            raise OptionError("worker_class: asgi serves streams, the server takes datagrams; bind tcp:// or unix:")
+            raise OptionError(
+                "worker_class: asgi serves streams, the server takes datagrams; bind tcp:// or unix:", code="PF0106"
+            )
         check_application(getattr(server, "RequestHandlerClass", None))
 
     # -- the life of the loop --------------------------------------------------------------------------------------
@@ -248,7 +250,8 @@ class ASGIWorker(LoopWorker):
 
     async def _give_up(self) -> None:
         """`graceful_timeout` is nearly over: cancel the requests, so that `finally` and the lifespan still run."""
-        log.warning("worker %d: requests in hand at the end of graceful_timeout: %d", self.slot, len(self._tasks))
+        text = "%s: graceful_timeout is over; requests that are cancelled: %d [PF0603]"
+        log.warning(text, self.log_name, len(self._tasks))
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -264,14 +267,17 @@ def readable(fds: Iterable[int]) -> set[int]:
 
 
 def check_application(app: Any) -> None:
-    """Raises OptionError for an object that is no ASGI application."""
+    """Raises OptionError for an object that is not an ASGI application."""
     if isinstance(app, type) and issubclass(app, socketserver.BaseRequestHandler):
         raise OptionError(
-            f"RequestHandlerClass: {app.__name__} is a handler of socketserver, no ASGI application; choose another "
-            "worker_class"
+            f"RequestHandlerClass: {app.__name__} is a handler of socketserver, not an ASGI application; "
+            "choose another worker_class",
+            code="PF0106",
         )
     if not callable(app):
-        raise OptionError(f"RequestHandlerClass: {app!r} is no ASGI application: it cannot be called")
+        raise OptionError(
+            f"RequestHandlerClass: {app!r} is not an ASGI application: it cannot be called", code="PF0106"
+        )
     try:
         signature = inspect.signature(app)
     except (TypeError, ValueError):
@@ -281,6 +287,7 @@ def check_application(app: Any) -> None:
             signature.bind(*arguments)
             return
     raise OptionError(
-        f"RequestHandlerClass: {app!r} is no ASGI application: it cannot be called with (scope, receive, send); a WSGI "
-        "application takes worker_class wsgi"
+        f"RequestHandlerClass: {app!r} is not an ASGI application: it cannot be called with (scope, receive, send); "
+        "a WSGI application takes worker_class wsgi",
+        code="PF0106",
     )

@@ -52,7 +52,8 @@ class AsyncioWorker(LoopWorker):
             if name in vars(server) or getattr(type(server), name) not in stock:
                 raise OptionError(
                     f"worker_class: {cls.__name__} does not call {type(server).__name__}.{name}(); leave it out "
-                    "(ThreadingMixIn too), or choose another worker_class"
+                    "(ThreadingMixIn too), or choose another worker_class",
+                    code="PF0106",
                 )
 
     @functools.cached_property
@@ -99,7 +100,8 @@ class AsyncioWorker(LoopWorker):
         self._cut_off = True
         self._room.set()
         if self._tasks:
-            log.warning("worker %d: requests in hand at the end of graceful_timeout: %d", self.slot, len(self._tasks))
+            text = "%s: graceful_timeout is over; requests that are cancelled: %d [PF0603]"
+            log.warning(text, self.log_name, len(self._tasks))
         for task in self._tasks:
             task.cancel()
 

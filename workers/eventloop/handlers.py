@@ -105,11 +105,13 @@ def check_handler(handler: object, socket_type: int) -> None:
     name = handler.__name__ if isinstance(handler, type) else repr(handler)
     if isinstance(handler, type) and issubclass(handler, other):
         raise OptionError(
-            f"RequestHandlerClass: {name} is an {other.__name__}; use {wanted.__name__} or bind {bind} address"
+            f"RequestHandlerClass: {name} is an {other.__name__}; use {wanted.__name__} or bind {bind} address",
+            code="PF0106",
         )
     raise OptionError(
-        f"RequestHandlerClass: {name} is no handler of worker_class 'asyncio'; pass a subclass of "
-        f"prefork.{wanted.__name__}, or choose another worker_class"
+        f"RequestHandlerClass: {name} is not a handler for worker_class 'asyncio'; pass a subclass of "
+        f"prefork.{wanted.__name__}, or choose another worker_class",
+        code="PF0106",
     )
 
 

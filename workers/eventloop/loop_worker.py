@@ -16,6 +16,7 @@ from typing import Any
 import prefork.kernel.logs as logs
 from prefork.errors import RequestTimeout
 from prefork.kernel.unpatched import refuse_patched
+from prefork.rules.worker_exit import REQUEST_GOES_ON
 from prefork.workers.active_requests import ActiveRequest, UntimedRequest
 from prefork.workers.intake.acceptor import RESOURCE_ERRORS
 from prefork.workers.intake.balance import ConnectionBalancer
@@ -138,7 +139,7 @@ class LoopWorker(Worker):
         transport, acceptor = getattr(callback, "__self__", None), self._acceptor
         is_full = isinstance(error, OSError) and error.errno in RESOURCE_ERRORS
         if acceptor is not None and isinstance(transport, asyncio.Transport) and is_full:
-            acceptor.say_full(context["exception"], "wait for one more connection", "it is closed")
+            acceptor.say_full(context["exception"], "watch another connection", "it closes that connection")
             transport.abort()
         else:
             loop.default_exception_handler(context)
@@ -157,11 +158,11 @@ class LoopWorker(Worker):
         interrupt. It is interrupted again and again, and the worker is replaced: otherwise the memory of the request
         and its place among `max_connections` would not come back."""
         log.warning(
-            "worker %d: a request from %s goes on after its RequestTimeout; the worker is to be replaced",
-            self.slot,
+            "%s: a request from %s goes on after its RequestTimeout; the worker is replaced [PF0602]",
+            self.log_name,
             request.peer,
         )
-        self.recycle("a request does not end")
+        self.recycle(REQUEST_GOES_ON)
 
     def serving(self, peer: object = "", timeout: float | None = None) -> ActiveRequest:
         """Around one request of the running task, so in the loop's thread. RequestTimeout is what comes out of the

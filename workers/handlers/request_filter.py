@@ -75,8 +75,9 @@ def check_of(server: Any) -> Check | None:
         return None
     if not callable(has_request) or isinstance(_declared(handler), types.FunctionType):
         raise OptionError(
-            f"RequestHandlerClass: {getattr(handler, '__name__', handler)}.{NAME} is asked before there is a handler; "
-            "make it a static method or a class method that takes bytes"
+            f"RequestHandlerClass: {getattr(handler, '__name__', handler)}.{NAME} is called before there is a handler; "
+            "make it a static method or a class method that takes bytes",
+            code="PF0106",
         )
     sock = server.socket
     if server.socket_type != socket.SOCK_STREAM or hasattr(sock, "do_handshake") or not hasattr(select, "epoll"):
@@ -283,7 +284,8 @@ class Filter:
             return bool(check.has_request(data))
         except Exception:
             name = getattr(server.RequestHandlerClass, "__name__", "")
-            log.exception("worker %d: %s.%s(); the handler is to see to it", self._worker.slot, name, NAME)
+            text = "%s: %s.%s() raised; the handler gets the connection [PF0610]"
+            log.exception(text, self._worker.log_name, name, NAME)
             return True
 
     def _expire(self, now: float) -> Accepted | None:

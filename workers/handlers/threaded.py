@@ -156,4 +156,5 @@ class ThreadWorker(Worker):
             self._start()
         except RuntimeError as error:  # the system has no room for it; the threads that there are serve on
             self._start_again_at = now + 1.0
-            log.warning("worker %d serves %d at once: %s", self.slot, self._started, error)
+            text = "%s cannot start another thread: %s; it serves with %d threads [PF0409]"
+            log.warning(text, self.log_name, error, self._started)

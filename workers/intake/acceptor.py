@@ -43,7 +43,9 @@ Accepted = tuple[Any, Any, Any]  # server, request, peer
 
 # The system has no room, which may pass: for a descriptor, or (ENOSPC, ENOMEM) for one more that an epoll waits for.
 RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC)
-_NO_WATCH = "the user waits for as much as fs.epoll.max_user_watches allows"  # epoll_ctl(2); errno tells of a full disk
+_NO_WATCH = (
+    "the user watches as many descriptors as fs.epoll.max_user_watches allows"  # the errno is that of a full disk
+)
 PAUSE = 0.05  # seconds without accepting while the system is full
 _OVER = (errno.EAGAIN, errno.ENOTSOCK, errno.EBADF, errno.EINVAL)
 _BROKEN = (errno.ENOTSOCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
@@ -56,6 +58,9 @@ class Taker(Protocol):
 
     slot: int
     draining: bool
+
+    @property
+    def log_name(self) -> str: ...
 
     @property
     def pool_drains(self) -> bool: ...
@@ -139,13 +144,13 @@ class Acceptor:
         # ECONNABORTED, EPROTO, a failed handshake: that client is gone, the next one is not.
         return False
 
-    def say_full(self, error: OSError, cannot: str = "accept", then: str = "it pauses and tries again") -> None:
+    def say_full(self, error: OSError, cannot: str = "accept a connection", then: str = "it tries again") -> None:
         """Log, at most once a second, that the system has no room for another connection."""
         now = monotonic()
         if now - self._said >= 1.0:
             self._said = now
             why = _NO_WATCH if error.errno == errno.ENOSPC else error.strerror
-            log.warning("worker %d cannot %s: %s; %s", self._worker.slot, cannot, why, then)
+            log.warning("%s cannot %s: %s; %s [PF0408]", self._worker.log_name, cannot, why, then)
 
     # -- several listeners -----------------------------------------------------------------------------------------
 
@@ -204,7 +209,7 @@ class Acceptor:
         except OSError as error:
             if error.errno not in RESOURCE_ERRORS:
                 raise
-            self.say_full(error, "wait for a listener", "it looks at times, and tries again")
+            self.say_full(error, "watch a listener", "it tries again")
             self._unwatched.add(fd)
         else:
             self._unwatched.discard(fd)

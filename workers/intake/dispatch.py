@@ -44,7 +44,8 @@ def check_handler(handler: object, socket_type: int) -> None:
     """Raises OptionError for a handler that is none, or not for this kind of socket."""
     if not callable(handler):
         raise OptionError(
-            f"RequestHandlerClass: {handler!r} is no handler; pass a subclass of socketserver.BaseRequestHandler"
+            f"RequestHandlerClass: {handler!r} is not a handler; pass a subclass of socketserver.BaseRequestHandler",
+            code="PF0106",
         )
     if isinstance(handler, type):
         stream = issubclass(handler, socketserver.StreamRequestHandler)
@@ -52,12 +53,14 @@ def check_handler(handler: object, socket_type: int) -> None:
         if stream and socket_type == socket.SOCK_DGRAM:
             raise OptionError(
                 f"RequestHandlerClass: {handler.__name__} handles streams, the server takes datagrams; "
-                "use DatagramRequestHandler or bind a stream address"
+                "use DatagramRequestHandler or bind a stream address",
+                code="PF0106",
             )
         if datagram and socket_type == socket.SOCK_STREAM:
             raise OptionError(
                 f"RequestHandlerClass: {handler.__name__} handles datagrams, the server takes streams; "
-                "use StreamRequestHandler or bind a datagram address"
+                "use StreamRequestHandler or bind a datagram address",
+                code="PF0106",
             )
 
 
@@ -72,7 +75,8 @@ def refuse_async(handler: Any, worker_class: str) -> None:
     if is_async(handler):
         raise OptionError(
             f"RequestHandlerClass: {handler.__name__}.handle is a coroutine function, which {worker_class} does not "
-            "await; use worker_class 'asyncio'"
+            "await; use worker_class 'asyncio'",
+            code="PF0106",
         )
 
 

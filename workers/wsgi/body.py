@@ -58,11 +58,11 @@ class Body(io.RawIOBase):
         except ConnectionError:
             data = b""  # an abrupt end, but an end
         if data is None:
-            client.spoil(408, f"nothing of the body came for {client.listener.limits.BODY_TIMEOUT:g} s")
+            client.spoil(408, f"no part of the body arrived for {client.listener.limits.BODY_TIMEOUT:g} s")
         elif data:
             client.feed(data)
         else:
-            client.spoil(400, "the client left in the middle of its request")
+            client.spoil(400, "the client disconnected during its request")
             raise Refused(400, client.reason)
 
 

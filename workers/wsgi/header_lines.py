@@ -70,7 +70,7 @@ def refusal(status: int, clock: Clock) -> tuple[bytes, bytes]:
 def status_line(status: str) -> tuple[bytes, bool]:
     """The line, and whether an answer with this status has no body."""
     if not isinstance(status, str) or not _STATUS.fullmatch(status):
-        raise ValueError(f"start_response: {status!r} is no status; it is a text such as '200 OK'")
+        raise ValueError(f"start_response: {status!r} is not a status; it must be a string such as '200 OK'")
     known = ("HTTP/1.1 " + status + "\r\n").encode("latin-1"), status[:3] in ("204", "304")
     if type(status) is str and len(status) < _SHORT:  # a subclass may be equal to a text that it is not
         _with_room(known_statuses)[status] = known
@@ -86,7 +86,7 @@ def header_line(name: str, value: str) -> tuple[int, bytes, int]:
     if "\n" in value or "\r" in value or "\0" in value:
         raise ValueError(f"{name}: a response header contains a control character")
     if kind == LENGTH and not (value.isascii() and value.isdigit()):
-        raise ValueError(f"Content-Length: {value!r} is no length")
+        raise ValueError(f"Content-Length: {value!r} is not a length")
     known = kind, line.encode("latin-1"), int(value) if kind == LENGTH else -1
     if type(name) is type(value) is str and len(line) < _SHORT:
         _with_room(known_headers)[name, value] = known
@@ -95,10 +95,10 @@ def header_line(name: str, value: str) -> tuple[int, bytes, int]:
 
 def _learn_name(name: str) -> int:
     if not isinstance(name, str) or not _TOKEN.fullmatch(name):
-        raise ValueError(f"start_response: {name!r} is no name of a header")
+        raise ValueError(f"start_response: {name!r} is not the name of a header")
     kind = _KINDS.get(name.lower(), PLAIN)
     if kind == HOP:
-        raise ValueError(f"{name}: a hop-by-hop header is the server's own (PEP 3333)")
+        raise ValueError(f"{name}: the server itself sets hop-by-hop headers (PEP 3333)")
     if type(name) is str and len(name) < _SHORT:
         _with_room(_known_names)[name] = kind
     return kind

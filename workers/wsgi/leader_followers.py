@@ -45,9 +45,11 @@ log = logs.get("prefork")
 class ThreadsWorker(Protocol):
     """What the threads read of their worker."""
 
-    slot: int
     threads: int
     draining: bool
+
+    @property
+    def log_name(self) -> str: ...
 
     @property
     def disowned(self) -> bool: ...
@@ -230,5 +232,5 @@ class LeaderFollowers:
             if self._worker.disowned:  # the end of a process that the application has forked: it has no other thread
                 standard_streams.flush()
                 os._exit(exit_code(error) if isinstance(error, SystemExit) else 1)
-            log.exception("worker %d: in a thread", self._worker.slot)
+            log.exception("%s: a thread that serves requests ended [PF0611]", self._worker.log_name)
             self._unbegun.discard(connection)

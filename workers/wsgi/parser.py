@@ -89,7 +89,7 @@ class Connection:
                     self._ignore_upgrade()
                     data = data[switch.args[0] :]
                     continue
-                self.spoil(400, "another protocol begins, for no reason that is known here")
+                self.spoil(400, "the client switches to an unknown protocol")
             except httptools.HttpParserError as error:
                 if not self.fault:
                     self._misread(str(error), data)

@@ -236,7 +236,7 @@ class PollingLoop:
             self._close_for_want_of_room(connection, error)
 
     def _close_for_want_of_room(self, connection: Connection, error: OSError) -> None:
-        self._acceptor.say_full(error, "wait for one more connection", "it is closed")
+        self._acceptor.say_full(error, "watch another connection", "it closes that connection")
         self.close(connection)
 
     def _expire(self, connection: Connection) -> None:
@@ -252,7 +252,7 @@ class PollingLoop:
             self.close(connection)
         else:
             seconds = self.connections.patience[phase]
-            connection.spoil(408, f"the {phase.name.lower()} did not come within {seconds:g} s")
+            connection.spoil(408, f"the {phase.name.lower()} did not arrive within {seconds:g} s")
             self._turn_away(connection)
 
     def close_idle(self) -> bool:

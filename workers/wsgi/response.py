@@ -91,7 +91,7 @@ class Exchange:
             finally:
                 exc_info = None  # otherwise the frame would hold itself
         elif self.status:
-            raise AssertionError("start_response() was called again, without exc_info")
+            raise AssertionError("start_response() was called a second time without exc_info")
         line, bare = known_statuses.get(status) or status_line(status)
         lines, length, own = [line], -1, 0
         for header in headers:
@@ -285,9 +285,11 @@ class Exchange:
         self.whole = head_only or self.sent >= self._length
         if not self.whole:
             self.kept = False
-            log.error("the application gave %d bytes of a body of %d; its client is let go", self.sent, self._length)
+            text = "the application sent %d bytes of a body of %d bytes; the connection is closed [PF0608]"
+            log.error(text, self.sent, self._length)
         elif self.excess:
-            log.error("the application gave more than its Content-Length of %d bytes; that is left out", self._length)
+            text = "the application sent more than its Content-Length of %d bytes; the rest is dropped [PF0609]"
+            log.error(text, self._length)
 
     def _leave_out(self) -> None:
         """Drop data that is written after the end of the answer. The client may have left by then, and an application

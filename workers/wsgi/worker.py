@@ -36,7 +36,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "httptools":
         raise
-    raise OptionError("worker_class: wsgi needs httptools; pip install 'prefork[wsgi]'") from None
+    raise OptionError("worker_class: wsgi needs httptools; pip install 'prefork[wsgi]'", code="PF0107") from None
 
 log = logs.get("prefork")
 
@@ -55,17 +55,26 @@ class WSGIWorker(Limits, Worker):
     @classmethod
     def check(cls, server: Any) -> None:
         if not hasattr(select, "epoll"):  # as it was: gevent.monkey takes it away
-            raise OptionError("worker_class: wsgi needs Linux's epoll; use thread with a server from wsgiref")
+            raise OptionError(
+                "worker_class: wsgi needs Linux's epoll; use thread with a server from wsgiref", code="PF0106"
+            )
         if server.socket_type != socket.SOCK_STREAM:
-            raise OptionError("worker_class: wsgi serves streams, the server takes datagrams; bind tcp:// or unix:")
+            raise OptionError(
+                "worker_class: wsgi serves streams, the server takes datagrams; bind tcp:// or unix:", code="PF0106"
+            )
         application = getattr(server, "RequestHandlerClass", None)
         if not callable(application):
-            raise OptionError(f"RequestHandlerClass: {application!r} is no WSGI application: it cannot be called")
+            raise OptionError(
+                f"RequestHandlerClass: {application!r} is not a WSGI application: it cannot be called", code="PF0106"
+            )
         if hasattr(server.socket, "do_handshake"):
-            raise OptionError("worker_class: wsgi speaks no TLS; let a proxy do that, such as nginx or haproxy")
+            raise OptionError(
+                "worker_class: wsgi does not speak TLS; put a proxy such as nginx or haproxy in front", code="PF0106"
+            )
         if dispatch.hands_over(server):
             raise OptionError(
-                f"{type(server).__name__} overrides process_request(), which wsgi has no use for; set threads"
+                f"{type(server).__name__} overrides process_request(), which wsgi does not call; set threads",
+                code="PF0106",
             )
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -212,7 +221,8 @@ class WSGIWorker(Limits, Worker):
 
     def _log_refusal(self, connection: Connection) -> None:
         peer, reason = host_port.of_peer(connection.peer), connection.reason
-        log.info("worker %d: refused %d from %s: %s", self.slot, connection.fault, peer, reason)
+        text = "%s refused a request from %s with status %d: %s [PF0606]"
+        log.info(text, self.log_name, peer, connection.fault, reason)
 
     def _log_access(self, write: Callable[..., None], *arguments: Any) -> None:
         """A failure of the access log is not the client's: a filter of the program may fail, or text that the
@@ -220,7 +230,7 @@ class WSGIWorker(Limits, Worker):
         try:
             write(*arguments)
         except Exception:
-            log.exception("worker %d: the access log has failed", self.slot)
+            log.exception("%s: an access line cannot be written [PF0507]", self.log_name)
 
     def _failed(self, connection: Connection, request: Exchange, error: BaseException) -> None:
         """The application has failed. If nothing was sent the client gets an error, else the connection ends; an answer
@@ -242,9 +252,9 @@ class WSGIWorker(Limits, Worker):
                 self._log_refusal(connection)
         else:
             status = 503 if isinstance(error, RequestTimeout) else 500
-            when = "after its answer at" if request.whole else "at"
+            when = "after its response to" if request.whole else "at"
             line = f"{request.method} {request.target.decode('latin-1')}"
-            log.error("worker %d: the application raised %s %s", self.slot, when, line, exc_info=error)
+            log.error("%s: the application raised %s %s [PF0607]", self.log_name, when, line, exc_info=error)
         if self._disowned:
             raise SystemExit(1)  # a process that the application has forked: the client is its parent's
         if not request.whole:

@@ -59,7 +59,7 @@ def test_what_comes_after_the_answer_has_the_same_deadline(start: Start, notes: 
         sock = client.sock
         elapse(1.0)
         client.request("GET", "/gate/go")
-        program.wait_for("left to be done after its answer")
+        program.wait_for("a background task exceeded request_timeout")
         program.write("go", "")
         assert client.getresponse().read().endswith(b":go")
         assert client.sock is sock

@@ -197,7 +197,7 @@ def wsgi(environ: Any, start_response: Any) -> None:
     [
         (prefork.PreforkUDPServer, asgi, "bind tcp:// or unix:"),
         (prefork.PreforkTCPServer, Nothing, "Nothing is a handler of socketserver"),
-        (prefork.PreforkTCPServer, 7, "7 is no ASGI application"),
+        (prefork.PreforkTCPServer, 7, "7 is not an ASGI application"),
         (prefork.PreforkTCPServer, wsgi, "takes worker_class wsgi"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_loop_that_does_not_turn(start: Start, notes: Notes, loop: str, order:
             assert rest(sock) == b""
     program.wait_ready(2, without=[victim])
     match = program.wait_for(patterns.LEFT)
-    assert int(match[2]) == victim and "request_timeout" in match[4]
+    assert int(match[1]) == victim and "request_timeout" in match[4]
     assert "in perform" in program.log or "SIGKILL" in match[4]  # a machine too busy for its stacks
     (other,) = set(workers) - {victim}
     assert other in program.children()
@@ -93,7 +93,7 @@ def test_a_handler_that_does_not_end(start: Start, notes: Notes, loop: str) -> N
         program.write("stop", "")
         assert rest(stubborn) == f"{worker}:held:done\n".encode()
     match = program.wait_for(patterns.LEFT)
-    assert int(match[2]) == worker and "recycled" in match[4]
+    assert int(match[1]) == worker and "recycled" in match[4]
     program.finish()
 
 
@@ -125,7 +125,7 @@ def test_what_is_left_is_cancelled(start: Start, notes: Notes, loop: str) -> Non
     assert len(notes("cleaned")) == 6
     assert not notes("error")
     assert "SIGKILL" not in program.log
-    assert "requests in hand at the end of graceful_timeout" in program.log
+    assert "graceful_timeout is over; requests that are cancelled" in program.log
     program.finish()
 
 

@@ -116,7 +116,7 @@ def test_a_full_file_table(start: Start, notes: Notes, loop: str) -> None:
     resource.prlimit(worker, resource.RLIMIT_NOFILE, (highest + 1, hard))
     with ExitStack() as stack:
         held = [hold(program.address, stack, "sleep 1", str(number)) for number in range(8)]
-        program.wait_for("worker 0 cannot accept")
+        program.wait_for(r"worker \d+ \(slot 0, generation 1\) cannot accept a connection")
         before = processor(worker)
         elapse(0.5)
         assert processor(worker) - before < 0.25

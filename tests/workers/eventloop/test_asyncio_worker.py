@@ -254,7 +254,7 @@ TCP, UDP = prefork.PreforkTCPServer, prefork.PreforkUDPServer
             "subclass of prefork.AsyncStreamRequestHandler",
         ),
         (TCP, len, prefork.AsyncioWorker, "subclass of prefork.AsyncStreamRequestHandler"),
-        (TCP, None, prefork.AsyncioWorker, "None is no handler of worker_class 'asyncio'"),
+        (TCP, None, prefork.AsyncioWorker, "None is not a handler for worker_class 'asyncio'"),
         (Threads, Stream, prefork.AsyncioWorker, "does not call Threads.process_request"),
         (TCP, Stream, prefork.SyncWorker, "use worker_class 'asyncio'"),
         (UDP, Datagram, prefork.SyncWorker, "use worker_class 'asyncio'"),

@@ -152,7 +152,8 @@ def test_a_method_is_refused(start: Start, handler: str) -> None:
     program = launch(start, text.replace("CLASS", NONE).replace("BEFORE", "").replace("SETTINGS", ""))
     program.wait_exit(10)
     assert (
-        "OptionError: RequestHandlerClass: Lines.has_request is asked before there is a handler; make it" in program.log
+        "OptionError: RequestHandlerClass: Lines.has_request is called before there is a handler; make it"
+        in program.log
     )
     program.finish(code=1, check_log=False)
 
@@ -181,7 +182,9 @@ def test_one_that_raises(start: Start) -> None:
     (worker,) = program.wait_ready(1)
     with dial(program.address) as sock:
         sock.sendall(b"bad")
-        program.wait_for(r"ERROR: worker 0: Lines.has_request\(\); the handler is to see to it")
+        program.wait_for(
+            r"ERROR: worker \d+ \(slot 0, .*\): Lines.has_request\(\) raised; the handler gets the connection \[PF0610"
+        )
         sock.sendall(b"\n")
         assert rest(sock) == b"%d:bad:done\n" % worker
     assert ask(program.address).pid == worker

@@ -95,7 +95,7 @@ def test_a_full_file_table(start: Start) -> None:
     (pid,) = program.wait_ready(1)
     with ExitStack() as stack:
         crowd = [stack.enter_context(dial(program.address, 20)) for _ in range(12)]
-        program.wait_for("WARNING: worker 0 cannot accept: Too many open files")
+        program.wait_for(r"WARNING: worker \d+ \(slot 0, .*\) cannot accept a connection: Too many open files")
         assert ask(program.address, timeout=10).pid == pid
         spent = os_times(pid)
         elapse(1.0)

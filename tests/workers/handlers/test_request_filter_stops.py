@@ -305,5 +305,5 @@ def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str
     assert not account(tally, ledger)
     assert (tally.lost, tally.refused) == (0, 0), tally
     said = " ".join(match[4] for match in program.found(patterns.LEFT))
-    assert "recycled" in said and "generation was replaced" in said and "signal from outside" in said
+    assert "recycled" in said and "a reload has replaced" in said and "signal from outside" in said
     assert "graceful" not in said

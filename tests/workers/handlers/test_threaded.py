@@ -115,7 +115,9 @@ class Poor(ThreadWorker):
     with ExitStack() as stack:
         held = [hold(program.address, stack, "gate go") for _ in range(5)]
         noted(notes, "begun", 2)
-        program.wait_for(r"WARNING: worker 0 serves 2 at once: can't start new thread")
+        program.wait_for(
+            r"WARNING: worker \d+ \(slot 0, .*\) cannot start another thread: can't start new thread; it serves with 2"
+        )
         program.write("go", "")
         assert all(rest(one).endswith(b":held:done\n") for one in held)
     program.finish()
@@ -141,7 +143,7 @@ Hangs.answer = answer
     (worker,) = program.wait_ready(1)
     with ExitStack() as stack:
         held = [hold(program.address, stack, "stay") for _ in range(6)]
-        program.wait_for("WARNING: worker 0 cannot accept: Too many open files")
+        program.wait_for(r"WARNING: worker \d+ \(slot 0, .*\) cannot accept a connection: Too many open files")
         tick = os.sysconf("SC_CLK_TCK")
         spent = os_times(worker)
         elapse(1.0)
@@ -350,5 +352,5 @@ def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str
     clients.more(2000)
     clients.check_nothing_lost(ledger)
     said = " ".join(match[4] for match in program.found(patterns.LEFT))
-    assert "recycled" in said and "generation was replaced" in said and "signal from outside" in said
+    assert "recycled" in said and "a reload has replaced" in said and "signal from outside" in said
     program.finish()

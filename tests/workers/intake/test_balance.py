@@ -230,7 +230,7 @@ def test_each_queue_is_left_for_itself() -> None:
 class Taker:
     """What an acceptor wants of its worker."""
 
-    slot, draining, pool_drains = 0, False, False
+    slot, log_name, draining, pool_drains = 0, "worker 1", False, False
 
 
 LIMIT = 12

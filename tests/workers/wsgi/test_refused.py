@@ -30,7 +30,7 @@ POST = b"POST /x HTTP/1.1\r\n" + HOST
 CHUNKED, CHUNK = b"Transfer-Encoding: chunked\r\n\r\n", b"64\r\n" + b"x" * 100 + b"\r\n"
 
 GOT, POSTED = "GET /x HTTP/1.1", "POST /x HTTP/1.1"
-LATE = r"the %s did not come within 0\.2 s"
+LATE = r"the %s did not arrive within 0\.2 s"
 LONG = "the body is longer than 150 bytes"
 MANY = "the head has more than 100 headers"
 ODD = r"nobody here meets the expectation '\"m\\xf6re!{95}'"
@@ -86,7 +86,12 @@ def accesses(program: Program, number: int) -> list[str]:
 
 
 def reasons(program: Program) -> list[str]:
-    return re.findall(r" INFO: worker 0: (refused .*)", program.log)
+    return re.findall(r" INFO: worker \d+ \(slot 0, generation 1\) (refused .*)", program.log)
+
+
+def expected_reason(status: int, port: int, reason: str) -> str:
+    """The regex of one of `reasons()`."""
+    return rf"refused a request from 127\.0\.0\.1:{port} with status {status}: {reason} \[PF0606\]"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -102,7 +107,7 @@ def test_what_is_refused_is_told(start: Start, threads: int) -> None:
         line = accesses(program, number)[-1]
         expected = rf'127\.0\.0\.1 - - \[.*\] "{re.escape(first)}" {status} \d+ "-" "{agent}"'
         assert re.fullmatch(expected, line), (name, line)
-        assert re.fullmatch(rf"refused {status} from 127\.0\.0\.1:{port}: {reason}", reasons(program)[-1]), name
+        assert re.fullmatch(expected_reason(status, port, reason), reasons(program)[-1]), name
     assert len(reasons(program)) == len(accesses(program, 1)) == len(REFUSED)
     program.finish()
 
@@ -114,13 +119,13 @@ def test_what_is_refused_while_it_is_read(start: Start, threads: int) -> None:
     program = serve(start, "--threads", threads)
     read = b"POST /read HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
     for sent, status, reason in (
-        (b"1\r\nx", 408, r"nothing of the body came for 0\.2 s"),
+        (b"1\r\nx", 408, r"no part of the body arrived for 0\.2 s"),
         (b"z\r\n", 400, "Invalid character in chunk size"),
     ):
         with Web(program.address) as client:
             assert client.send(read).answer().status == 100
             assert client.send(sent).answer().status == status
-        assert re.search(reason + "$", reasons(program)[-1]), reasons(program)
+        assert re.search(reason + r" \[PF0606\]$", reasons(program)[-1]), reasons(program)
     with Web(program.address) as client:
         client.send(GET + b"\r\n" + GET + b"\r\n" + b"GARBAGE\r\n\r\n")
         assert [client.answer().status for _ in range(3)] == [200, 200, 400]

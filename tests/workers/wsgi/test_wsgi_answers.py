@@ -76,7 +76,7 @@ def test_answers_of_a_wrong_length(start: Start, web: Dial) -> None:
     with pytest.raises(Unanswered):
         client.answer()
     assert program.log.count("more than its Content-Length") == 1
-    assert program.log.count("gave 3 bytes of a body of 5") == 1
+    assert program.log.count("sent 3 bytes of a body of 5") == 1
     program.finish()
 
 
