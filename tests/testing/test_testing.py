@@ -233,7 +233,7 @@ def test_what_is_left_is_found() -> None:
     """A process that outlives the pool fails the test, and is ended."""
     pid = 0
     with pytest.raises(AssertionError, match="no process of the pool is left"):  # noqa: SIM117  # its end raises
-        with testing.pool(Server, Echo, timeout=1.0) as pool:
+        with testing.pool(Server, Echo, timeout=3.0) as pool:
             with pool.connect() as client:
                 client.sendall(b"child\n")
                 pid = int(client.recv(100).split()[0])
