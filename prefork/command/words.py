@@ -5,7 +5,7 @@ They are a module of their own so that a master, which reads them as it starts, 
 
 COMMANDS = {
     "status": "show the pool and its workers",
-    "explain": "say why workers left, and what the master does next",
+    "explain": "say why workers exited, and what the master does next",
     "reload": "replace the workers by a new generation",
     "stop": "stop the pool gracefully",
     "scale": "change the number of workers",

@@ -31,6 +31,11 @@ class Answer(Mapping[str, Any]):
         return len(self._value)
 
     def text(self, name: str) -> str:
+        """On one line."""
+        return self.block(name).replace("\n", " ")
+
+    def block(self, name: str) -> str:
+        """On as many lines as it has."""
         value = self._value.get(name)
         return "?" if value is None or isinstance(value, dict | list) else printable(str(value))
 
@@ -78,12 +83,12 @@ def explain(value: object) -> str:
     failed = pool.part("last_failed_reload")
     if failed:
         lines += ["", f"The last reload that failed, {duration(failed.number('ago'))} ago:"]
-        lines += textwrap.indent(failed.text("text"), "  ").splitlines()
-    lines += ["", "Why workers left, the latest first:" if exits else "No worker has left."]
+        lines += textwrap.indent(failed.block("text"), "  ").splitlines()
+    lines += ["", "Why workers exited, the latest first:" if exits else "No worker has exited."]
     known = ""
     for exit in reversed(exits):
         lines += _wrapped([f"{duration(exit.number('ago'))} ago: {exit.text('line')}"], "  ")
-        detail = "" if exit.get("detail") == "" else exit.text("detail")
+        detail = "" if exit.get("detail") == "" else exit.block("detail")
         if detail and detail == known:
             lines.append("      as above")
         elif detail:
@@ -94,7 +99,7 @@ def explain(value: object) -> str:
 
 def next_steps(pool: Answer, exits: Sequence[Answer]) -> list[str]:
     """What the master will do without a further event, and when; a sentence each."""
-    steps = []
+    steps = _pool_steps(pool)
     for backoff in pool.parts("slot_backoffs"):
         slot = backoff.text("slot")
         last = next((exit for exit in reversed(exits) if exit.text("slot") == slot and exit.get("fault")), None)
@@ -116,10 +121,28 @@ def next_steps(pool: Answer, exits: Sequence[Answer]) -> list[str]:
             steps.append(f"{who} leaves, because {worker.text('leaves_because')}{_why(worker)}{limit}")
         elif worker.get("recycle_requested"):
             steps.append(f"{who} is replaced{_why(worker)}")
-    if pool.get("boot_failed"):
-        steps.append("the pool ends: no worker of the first generation became ready")
     if not steps:
         steps.append("nothing: the pool is as it should be" if _is_whole(pool) else "it waits for the workers")
+    return steps
+
+
+def _pool_steps(pool: Answer) -> list[str]:
+    """What the master does that is about the pool as a whole."""
+    steps = []
+    if pool.get("boot_failed"):
+        steps.append("the pool ends: no worker of the first generation became ready")
+    if (stage := pool.text("stage")) != "serving":
+        steps.append(f"the pool stops ({stage}); the master ends when the last worker has left")
+    last = pool.part("last_reload")
+    progress, since = last.get("progress"), duration(last.number("ago"))
+    if progress == "probing":
+        steps.append(f"reload: for {since} a child tries the program; the pool is as before until it succeeds")
+    elif progress == "waiting":
+        steps.append("reload: it follows the reload under way")
+    elif progress == "rolling" and pool.get("candidate") is not None:
+        steps.append(f"reload: for {since} one worker of generation {last.text('generation')} is tried")
+    elif progress == "rolling":
+        steps.append(f"reload: for {since} generation {last.text('generation')} replaces the workers")
     return steps
 
 
@@ -128,7 +151,7 @@ def reload_result(value: object) -> str:
     result = Answer(value)
     if result.get("good"):
         return f"generation {result.text('generation')} serves\n"
-    return f"reload failed: {result.text('text')}\n"
+    return f"reload failed: {result.block('text')}\n"
 
 
 def pools(answers: Iterable[tuple[str, object, str]]) -> str:
@@ -137,7 +160,7 @@ def pools(answers: Iterable[tuple[str, object, str]]) -> str:
     for path, value, problem in answers:
         pool = Answer(value)
         if problem:
-            rows.append(["?", "?", "?", "?", "unknown", printable(problem)])
+            rows.append(["?", "?", "?", "?", "unknown", printable(problem).replace("\n", " ")])
         else:
             workers = f"{pool.text('ready')}/{pool.text('size')}"
             up = duration(pool.number("uptime"))
@@ -154,18 +177,21 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> l
     for row in (titles, *rows):
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=False)]
         lines.append("  ".join([*cells, row[-1]]).rstrip())
-    return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines]
+    return [_cut(line) for line in lines]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def _headline(pool: Answer) -> str:
     listeners = pool.get("listeners")
     names = " ".join(printable(str(name)) for name in listeners) if isinstance(listeners, list) else "?"
-    line = f"{pool.text('program')} on {names}"
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+    return _cut(f"{pool.text('program')} on {names}".replace("\n", " "))
 
 
 def _state_line(pool: Answer) -> str:
-    return (
+    return _cut(
         f"{_state(pool)}: {pool.text('ready')} of {pool.text('size')} workers ready, "
         f"generation {pool.text('generation')}, up {duration(pool.number('uptime'))}, pid {pool.text('pid')}"
     )
@@ -208,10 +234,10 @@ def _times(backoff: Answer) -> str:
 
 
 def _reason(exit: Answer | None) -> str:
-    """The last line of a traceback, or why the worker left."""
+    """The last line of a traceback, or why the worker exited."""
     if exit is None:
         return ""
-    detail = exit.text("detail").strip().splitlines() if exit.get("detail") else []
+    detail = exit.block("detail").strip().splitlines() if exit.get("detail") else []
     return f", {detail[-1].strip()}" if detail and not detail[-1].startswith(" ") else f", {exit.text('line')}"
 
 

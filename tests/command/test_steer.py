@@ -118,7 +118,9 @@ def test_reload_while_the_pool_is_stopped(start: Start) -> None:
     with ExitStack() as stack, subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as client:
         held = hold(program.address, stack, "gate go")
         program.wait_for("control: reload")
+        assert any("a child tries the program" in line for line in _words(program))
         program.begin_stop()
+        assert any("the pool stops" in line for line in _words(program))
         _, errors = client.communicate(timeout=20)
         assert client.returncode == 1 and "told to stop" in errors
         program.write("go", "")
@@ -157,7 +159,7 @@ def test_scale_and_recycle(start: Start) -> None:
     program.wait_ready(3, without=[slots[1]])
     assert slots[1] in before
     text = " ".join(done(*on(program, "explain")).split())
-    assert f"worker 1 (pid {slots[1]}, generation 1) left: it was recycled (an operator asked for it)" in text
+    assert f"worker {slots[1]} (slot 1, generation 1) exited: it was recycled (an operator asked for it)" in text
     program.finish()
 
 

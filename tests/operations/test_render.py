@@ -22,7 +22,7 @@ POOL: dict[str, Any] = {
 EXIT: dict[str, Any] = {
     "ago": 12.34, "slot": 3, "pid": 103, "generation": 2, "reason": "boot_failed", "fault": True, "status": 1,
     "requests": 0, "uptime": 0.1, "detail": "Traceback (most recent call last):\n  File ...\nImportError: no numpy",
-    "line": "worker 3 (pid 103, generation 2) left: it failed before it was ready, exit code 1; 0 requests in 0.1 s",
+    "line": "worker 103 (slot 3, generation 2) exited: it failed before it was ready, exit code 1; 0 requests in 0.1 s",
 }  # fmt: skip
 
 
@@ -77,6 +77,21 @@ def test_status_of_a_failed_reload() -> None:
         ),
         ({"boot_failed": True}, "the pool ends: no worker of the first generation became ready"),
         ({"ready": 1}, "it waits for the workers"),
+        ({"stage": "draining"}, "the pool stops (draining); the master ends when the last worker has left"),
+        (
+            {"last_reload": {"progress": "probing", "ago": 1.5}},
+            "reload: for 1.5 s a child tries the program; the pool is as before until it succeeds",
+        ),
+        ({"last_reload": {"progress": "waiting", "ago": 1.5}}, "reload: it follows the reload under way"),
+        (
+            {"candidate": 3, "last_reload": {"progress": "rolling", "ago": 1.5, "generation": 3}},
+            "reload: for 1.5 s one worker of generation 3 is tried",
+        ),
+        (
+            {"last_reload": {"progress": "rolling", "ago": 1.5, "generation": 3}},
+            "reload: for 1.5 s generation 3 replaces the workers",
+        ),
+        ({"last_reload": {"progress": "serves", "ago": 1.5}}, "nothing: the pool is as it should be"),
     ],
 )
 def test_next_steps(changes: dict[str, Any], says: str) -> None:
@@ -89,13 +104,13 @@ def test_why_workers_left() -> None:
     """explain tells the latest death first, what a worker said last below it, and the same words only once."""
     text = render.explain({**POOL, "exits": [{**EXIT, "ago": 20.0}, EXIT]})
     assert text.endswith(
-        "Why workers left, the latest first:\n"
-        "  12 s ago: worker 3 (pid 103, generation 2) left: it failed before it was\n"
+        "Why workers exited, the latest first:\n"
+        "  12 s ago: worker 103 (slot 3, generation 2) exited: it failed before it was\n"
         "      ready, exit code 1; 0 requests in 0.1 s\n"
         "      Traceback (most recent call last):\n"
         "        File ...\n"
         "      ImportError: no numpy\n"
-        "  20 s ago: worker 3 (pid 103, generation 2) left: it failed before it was\n"
+        "  20 s ago: worker 103 (slot 3, generation 2) exited: it failed before it was\n"
         "      ready, exit code 1; 0 requests in 0.1 s\n"
         "      as above\n"
     )
@@ -144,4 +159,4 @@ def test_any_answer(changes: dict[str, Any], data: st.DataObject) -> None:
     texts = [render.status(answer), render.explain(answer), render.pools([("/x", answer, "")])]
     for text in [*texts, render.reload_result(answer)]:
         assert text.endswith("\n") and all(line.isprintable() for line in text.splitlines())
-    assert all(len(line) <= render.WIDTH for line in texts[0].splitlines()[3:])
+    assert all(len(line) <= render.WIDTH for line in texts[0].splitlines())
