@@ -2,6 +2,15 @@
 
 import re
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+
+def folder() -> Traversable:
+    """Where the pages are: in the installed package, or in the checkout."""
+    package = files("prefork")
+    installed = package / "messages"
+    return installed if installed.is_dir() else Path(str(package)).parent / "docs" / "messages"
 
 
 def page(text: str) -> str:
@@ -12,7 +21,7 @@ def page(text: str) -> str:
     LookupError
         There is no such code. The error is one line, and names the nearest one.
     """
-    pages = files("prefork") / "messages"
+    pages = folder()
     codes = sorted(name[:-3] for name in (page.name for page in pages.iterdir()) if re.fullmatch(r"PF\d{4}\.md", name))
     match = re.fullmatch(r"\[?(?:PF)?(\d{1,4})\]?", text.strip(), re.IGNORECASE)
     if match is None:

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
+from prefork.command.explain import folder
 from support import ask, patterns
 from support.commands import TCP, command
 from support.scripts import Start, path_of_modules
@@ -67,8 +67,8 @@ class Text:
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:
-    for folder in ("prefork", "workers"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for room in ("prefork", "workers"):
+        for path in sorted((ROOT / room).rglob("*.py")):
             where = path.relative_to(ROOT).as_posix()
             if not where.startswith("prefork/workers/"):
                 yield where, ast.parse(path.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def pages() -> dict[str, str]:
 def test_every_code_has_a_page_and_every_page_a_place() -> None:
     """The codes of the source and the pages are the same, and a wheel has the pages."""
     assert {text.code for text in texts()} == set(pages())
-    shipped = {page.name: page.read_text(encoding="utf-8") for page in (files("prefork") / "messages").iterdir()}
+    shipped = {page.name: page.read_text(encoding="utf-8") for page in folder().iterdir()}
     assert shipped == {path.name: path.read_text(encoding="utf-8") for path in PAGES.iterdir()}
 
 
