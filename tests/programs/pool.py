@@ -34,6 +34,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "request_queue_size": int,
     "worker_class": str,
     "threads": int,
+    "control": str,
 }
 SERVERS: dict[str, tuple[Any, type[socketserver.BaseRequestHandler]]] = {
     "tcp": (prefork.PreforkTCPServer, Work),
