@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, given.program)
         except KeyboardInterrupt:
             return 130
+        finally:  # the exit code is decided; the interpreter would print an exception that comes while it ends
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(error: PreforkError | OSError, program: str = "") -> int:

@@ -219,6 +219,21 @@ def test_address_in_use(tmp_path: Path) -> None:
     assert bind in line and "in use" in line
 
 
+def test_signals_at_the_end(tmp_path: Path) -> None:
+    """A signal that comes when the exit code is decided changes nothing, and nothing is printed for it."""
+    script = """
+import os, signal, sys
+from prefork.command.cli import main
+code = main(["no_such_module:app"])
+for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+    os.kill(os.getpid(), number)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "no_such_module" in complaint(done.stderr)
+
+
 def test_second_address_in_use(tmp_path: Path) -> None:
     """Where the second of two addresses cannot be bound, the first is given back, its file too."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
