@@ -11,10 +11,11 @@ project = "prefork"
 author = copyright = "the prefork authors"
 release = version = prefork.__version__
 
-extensions = ["myst_parser", "sphinxcontrib.mermaid", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference_tables"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference_tables", "state_diagrams"]
 source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+default_role = "code"  # a word in one pair of backticks, in a docstring
 nitpicky = True  # a name in a docstring that leads nowhere is a warning, too
 myst_fence_as_directive = ["mermaid"]
 

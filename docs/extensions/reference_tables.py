@@ -33,9 +33,11 @@ def settings() -> str:
     rows = []
     for setting in declared():
         default = "processors" if setting.name == "workers" else repr(setting.__get__(None))
-        about = setting.help if setting.flag else f"{setting.help} (no option)"
-        rows.append([code(setting.name), f"{code(default)} {setting.unit}", about])
-    return table(["setting", "default", "what it does"], rows)
+        unit = f"{setting.unit}: " if setting.unit else ""
+        rows.append(
+            [code(f"{setting.name} = {default}"), unit + setting.help + ("" if setting.flag else " (no option)")]
+        )
+    return table(["setting and default", "what it does"], rows)
 
 
 def options() -> str:
