@@ -163,7 +163,7 @@ class Worker:
 
     @property
     def log_name(self) -> str:
-        """This worker in a text of the log: `worker 1234 (slot 0, generation 1)`."""
+        """This worker as the log names it, such as `worker 1234 (slot 0, generation 1)`."""
         return worker_name(os.getpid(), self.slot, self.generation)
 
     @property
