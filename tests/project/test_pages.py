@@ -191,3 +191,11 @@ def test_few_blocks_are_not_run() -> None:
 def test_blocks_have_a_language() -> None:
     """No block is overlooked because nobody knows what it is."""
     assert not [f"{name_of(page)}:{block.line}" for page in PAGES for block in blocks(page) if not block.language]
+
+
+def test_code_is_in_fences() -> None:
+    """No command line escapes by being a block that is only indented; pages of messages show lines of the log so."""
+    for page in PAGES:
+        if page.parent.name != "messages" and page.name != "CONTRIBUTING.md":
+            text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+            assert not re.findall(r"\n\n {4}(\S.*)", text), name_of(page)
