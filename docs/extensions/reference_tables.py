@@ -62,7 +62,7 @@ def foreign(server: str) -> str:
         if server in row.whose:
             accepted = row in foreign_options.ACCEPTED
             note = f"the same; prefork's own name is `{row.instead}`" if accepted else row.why
-            rows.append([code(", ".join(row.names)), code(row.names[0] if accepted else row.instead), note])
+            rows.append([", ".join(map(code, row.names)), code(row.names[0] if accepted else row.instead), note])
     return table([server, "prefork", "note"], rows)
 
 
