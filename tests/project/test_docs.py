@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import prefork
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("docs/*/*.md")])
 # `kernel/processes.py` is said of the package, `tests/rules/` of the project.
@@ -47,3 +49,12 @@ def test_there_are_names_and_links() -> None:
     """What the tests above look for is found where it is known to stand."""
     assert "design.md" in LINK.findall(prose(ROOT / "docs/measurements.md"))
     assert "rules/pool.py" in NAMED.findall((ROOT / "docs/design.md").read_text(encoding="utf-8"))
+
+
+def test_public_names_are_in_the_reference() -> None:
+    """docs/reference/api.md has each public name of the package, and no other."""
+    text = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
+    made = set(re.findall(r"^\.\. auto\w+:: prefork\.(\w+)$", text, re.MULTILINE)) - {"testing"}
+    named = {name for name in prefork.__all__ if name.startswith("__") or f"`{name}`" in text}
+    assert made <= set(prefork.__all__)
+    assert made | named == set(prefork.__all__)
