@@ -48,7 +48,7 @@ def test_who_waits_has_a_last_word(start: Start, begin: Callable[..., Program], 
             ask(program.address)
     if order == "stop":
         assert program.wait_exit().code == 0
-    assert "killed" not in program.log and "graceful" not in program.log
+    assert "killed" not in program.log and "graceful_timeout" not in program.log
     program.finish()
 
 
@@ -103,7 +103,7 @@ def test_a_short_graceful_timeout(start: Start) -> None:
     with ExitStack() as stack:
         Slow(program, worker, stack, 10)
         assert program.stop().seconds < 3
-    assert "graceful" not in program.log
+    assert "graceful_timeout" not in program.log
     program.finish()
 
 
@@ -306,4 +306,4 @@ def test_changes_lose_nothing(start: Start, ledger: Ledger, load: Run, kind: str
     assert (tally.lost, tally.refused) == (0, 0), tally
     said = " ".join(match[4] for match in program.found(patterns.LEFT))
     assert "recycled" in said and "a reload has replaced" in said and "signal from outside" in said
-    assert "graceful" not in said
+    assert "graceful_timeout" not in said
