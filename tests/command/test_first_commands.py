@@ -343,7 +343,9 @@ def test_default_address(start: Start) -> None:
             pytest.skip("somebody else has port 8000, and might give it back meanwhile")
         program = start("prefork", "app", files={"app.py": WSGI}, env={"PORT": ""})
         program.wait_exit(20)
-    program.finish(code=1, allow=["prefork: error: cannot listen on 127.0.0.1:8000: Address already in use; .* -b .PF0401."])
+    program.finish(
+        code=1, allow=[r"prefork: error: cannot listen on 127.0.0.1:8000: Address already in use; .* \[PF0401\]"]
+    )
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
