@@ -44,7 +44,7 @@ class ProgramKind(enum.Enum):
 _WORKER_CLASSES = {
     ProgramKind.HANDLER: "sync",
     ProgramKind.ASYNC_HANDLER: "asyncio",
-    ProgramKind.HTTP_HANDLER: "thread",  # a browser opens connections on which it asks nothing
+    ProgramKind.HTTP_HANDLER: "sync",
     ProgramKind.WSGI: "wsgi",
     ProgramKind.ASGI: "asgi",
     ProgramKind.ASGI_2: "asgi",

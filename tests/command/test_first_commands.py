@@ -190,14 +190,14 @@ WORKS = {
     "uwsgi": Row(WSGI.replace("def app", "def application"), "app", http, f"app:application {WSGI_TAKEN}"),
     "http.server, files": Row(
         "", "http.server:SimpleHTTPRequestHandler", lambda address: http_1_0(address) and b"done",
-        "http.server:SimpleHTTPRequestHandler is a handler class of http.server; worker class thread",
+        "http.server:SimpleHTTPRequestHandler is a handler class of http.server; worker class sync",
     ),
     "http.server, a handler": Row(
         HTTP_HANDLER, "app:Handler -b 127.0.0.1:0", http_1_0,
-        "app:Handler is a handler class of http.server; worker class thread",
+        "app:Handler is a handler class of http.server; worker class sync",
     ),
     "http.server, a path": Row(
-        HTTP_HANDLER, "app -b {run}/s", http_1_0, "app:Handler is a handler class of http.server; worker class thread"
+        HTTP_HANDLER, "app -b {run}/s", http_1_0, "app:Handler is a handler class of http.server; worker class sync"
     ),
     "socketserver, a handler": Row(HANDLER, "app", stream, "app:Handler is a handler class; worker class sync"),
     "socketserver, threads": Row(
