@@ -83,7 +83,7 @@ class Stops(Handler):
     program = begin(start, before, handler="Stops")
     pid = ask(program.address).pid
     assert program.wait_exit().code == 0
-    assert f"worker {pid} (slot 0, generation 1) asks the pool to stop" in program.log
+    assert re.search(rf"worker {pid} \(slot \d, generation 1\) asks the pool to stop", program.log)
     program.finish()
 
 
